@@ -1,0 +1,240 @@
+"""TorchServe handler for torchaudio's Emformer RNN-T: audio bytes in, transcript out.
+
+The archive needs this file and the TorchScript model that export_model.py wrote, nothing else. Every
+request takes the same way, from top to bottom of this file:
+
+    request -> bytes -> waveform (mono, 16 kHz) -> features (T, 80) -> tokens -> text
+
+Settings come from the ``handler`` section of an archive's model-config.yaml, see ``DEFAULTS``.
+"""
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import tempfile
+import time
+from http import HTTPStatus
+from pathlib import Path
+
+import av
+import torch
+from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {
+    "beam_width": 1,  # hypotheses kept after each frame of the search
+    "num_threads": 1,  # torch threads of this worker: one a worker and one worker a core is fastest on CPU
+    "max_audio_seconds": 120,  # the encoder's time and memory still grow with the square of the length
+}
+
+# FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no other protocol.
+FFMPEG_OPTIONS = {
+    "format_whitelist": "wav,w64,flac,ogg,mp3,aac,mov,matroska,aiff,au,caf,amr",
+    "protocol_whitelist": "none",
+}
+SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
+
+# What export_model.py puts into the model file.
+EXTRA_FILES = ("metadata.json", "global_stats.json", "tokenizer.model")
+# Runs before the first request: TorchScript profiles the first two calls and optimises on the third.
+WARM_UP_RUNS = 4
+
+
+class ModelHandler:
+    """One worker's model: TorchServe calls ``initialize`` once and ``handle`` for every batch of requests.
+
+    Attributes:
+        model (torch.jit.ScriptModule): the engine, a scripted ``torchaudio.models.RNNTBeamSearch`` or a drop-in.
+        device (torch.device): where it runs.
+        initialized (bool): whether ``initialize`` has succeeded.
+    """
+
+    # Inside, because TorchServe takes a handler's module for broken if it defines a second class.
+    class RequestError(Exception):
+        """A request that cannot be answered, as (HTTP status, type, message to the caller)."""
+
+    def __init__(self) -> None:
+        self.model = None
+        self.device = None
+        self.initialized = False
+
+    def initialize(self, context) -> None:
+        """Load the model and build the feature extractor and the token processor, once for all requests.
+
+        Args:
+            context (ts.context.Context): ``system_properties`` (``model_dir``, ``gpu_id``), ``manifest`` and
+                ``model_yaml_config`` are read.
+
+        Raises:
+            ValueError: model-config.yaml has a handler setting that does not exist or is not a positive number.
+            FileNotFoundError: the archive has no model file.
+        """
+        properties = context.system_properties
+        self.settings = self._settings(context)
+        torch.set_num_threads(int(self.settings["num_threads"]))
+        gpu_id = properties.get("gpu_id")
+        on_gpu = gpu_id is not None and torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
+
+        model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
+        if not model_path.is_file():
+            raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
+        files = dict.fromkeys(EXTRA_FILES, "")
+        self.model = torch.jit.load(str(model_path), map_location=self.device, _extra_files=files).eval()
+        self._build_processors(files)
+        metadata = json.loads(files["metadata.json"] or "{}")
+        logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
+
+        self._warm_up()
+        self.initialized = True
+
+    @staticmethod
+    def _settings(context) -> dict[str, float]:
+        given = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
+        for name, value in given.items():
+            if name not in DEFAULTS:
+                raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(DEFAULTS)}.")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or (isinstance(value, float) and name == "max_audio_seconds")) or value <= 0:
+                raise ValueError(f"model-config.yaml: handler: {name} must be a positive number, not {value!r}.")
+        return DEFAULTS | given
+
+    def _build_processors(self, files: dict[str, bytes | str]) -> None:
+        """Build torchaudio's extractor and token processor, on the files that came with the model.
+
+        A model file without them (a scripted ``RNNTBeamSearch`` of the LibriSpeech bundle, as older examples
+        export it) gets the bundle's own, from the torch hub cache or by download.
+        """
+        bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
+        with tempfile.TemporaryDirectory() as folder:
+            if files["global_stats.json"] and files["tokenizer.model"]:
+                stats, tokenizer = Path(folder, "global_stats.json"), Path(folder, "tokenizer.model")
+                stats.write_bytes(files["global_stats.json"])
+                tokenizer.write_bytes(files["tokenizer.model"])
+                bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
+            self.extract_features = bundle.get_feature_extractor()
+            self.tokens_to_text = bundle.get_token_processor()
+        self.sample_rate = bundle.sample_rate
+        self.segment_samples = bundle.segment_length * bundle.hop_length
+
+    def _warm_up(self) -> None:
+        """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""
+        generator = torch.Generator().manual_seed(0)
+        for run in range(WARM_UP_RUNS):
+            self._transcribe(torch.randn((run + 1) * self.sample_rate, generator=generator) * 0.1)
+
+    def handle(self, data: list[dict], context) -> list[str | dict]:
+        """Answer a batch of requests.
+
+        Args:
+            data (list[dict]): one dict a request; the audio is in its field ``data``, ``body`` or any other.
+            context (ts.context.Context): takes each request's status and content type.
+
+        Returns:
+            list[str | dict]: in the order of ``data``, a transcript each, or for a request that cannot be
+            answered an object with ``code``, ``type`` and ``message``, sent with that HTTP status.
+        """
+        return [self._answer(request, index, context) for index, request in enumerate(data)]
+
+    def _answer(self, request: dict, index: int, context) -> str | dict:
+        """Answer one request of a batch; nothing that is wrong with it reaches the others."""
+        started = time.perf_counter()
+        try:
+            waveform = self._waveform(self._audio_bytes(request))
+            text = self._transcribe(waveform)
+        except self.RequestError as error:
+            return self._error(index, context, *error.args)
+        except Exception:
+            logger.exception("Request %d of the batch failed", index)
+            message = "The server failed on this request; its log says why. The audio may be sent again."
+            return self._error(index, context, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalError", message)
+        seconds = len(waveform) / self.sample_rate
+        logger.info("Transcribed %.2f s of audio in %.3f s", seconds, time.perf_counter() - started)
+        context.set_response_content_type(index, "text/plain; charset=utf-8")
+        return text
+
+    @staticmethod
+    def _error(index: int, context, status: HTTPStatus, kind: str, message: str) -> dict:
+        """Set one request's HTTP status; returns the object that TorchServe sends as its JSON body."""
+        context.set_response_status(status.value, status.phrase, index)
+        context.set_response_content_type(index, "application/json")
+        return {"code": status.value, "type": kind, "message": message}
+
+    def _audio_bytes(self, request: dict) -> bytes:
+        """The audio file in a request, however it was sent: raw body, form field, base64 text or JSON.
+
+        Raises:
+            RequestError: there is none.
+        """
+        fields = {name: value for name, value in request.items() if value is not None}
+        value = fields.get("data", fields.get("body", next(iter(fields.values()), None)))
+        if isinstance(value, dict):  # a JSON object
+            value = value.get("data")
+        if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
+            try:
+                value = base64.b64decode("".join(value.split()), validate=True)
+            except ValueError:
+                message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
+                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
+        if value is not None and not isinstance(value, bytes | bytearray):
+            message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}}.'
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+        if not value:
+            hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
+            message = f"The request has no audio. {SEND_AUDIO} ({hint})."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
+        return bytes(value)
+
+    def _waveform(self, audio: bytes) -> torch.Tensor:
+        """Decode an audio file of any sample rate, channel count and bit depth.
+
+        PyAV, because its wheel brings FFmpeg along: nothing has to be installed on the system.
+
+        Args:
+            audio (bytes): the file.
+
+        Returns:
+            Tensor: (samples,), float32, full scale 1.0, mono, at ``self.sample_rate``.
+
+        Raises:
+            RequestError: the bytes are no audio file, or it has no audio, or too much of it.
+        """
+        limit = self.settings["max_audio_seconds"]
+        chunks, samples = [], 0
+        try:
+            with av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
+                if not container.streams.audio:
+                    message = f"The file has no audio stream. {SEND_AUDIO}."
+                    raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoAudioStream", message)
+                resampler = av.AudioResampler(format="fltp", rate=self.sample_rate)
+                for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what is left in it
+                    for resampled in resampler.resample(frame):
+                        # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
+                        chunks.append(torch.from_numpy(resampled.to_ndarray()).mean(dim=0))  # (samples,)
+                        samples += resampled.samples
+                    if samples > limit * self.sample_rate:
+                        message = f"The audio is longer than the {limit} s that this server takes: send it in pieces."
+                        raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+        except (av.FFmpegError, ValueError):
+            where = f"is damaged after {samples / self.sample_rate:.2f} s" if samples else "is not audio I can read"
+            message = f"What was sent ({len(audio)} bytes) {where}. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
+        if samples == 0:
+            message = f"The audio stream is empty: zero samples. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoSamples", message)
+        return torch.cat(chunks)
+
+    def _transcribe(self, waveform: torch.Tensor) -> str:
+        """Transcribe (samples,) at ``self.sample_rate``."""
+        missing = self.segment_samples - len(waveform)
+        if missing > 0:  # the extractor and the encoder need one segment; silence says nothing
+            waveform = torch.nn.functional.pad(waveform, (0, missing))
+        with torch.inference_mode():
+            features, length = self.extract_features(waveform)  # (T, 80), (1,)
+            hypotheses = self.model(features.to(self.device), length.to(self.device), self.settings["beam_width"])
+        tokens = hypotheses[0][0]
+        return self.tokens_to_text(tokens)

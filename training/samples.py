@@ -1,0 +1,81 @@
+"""Synthesise ``sample_audio/``: spoken digits in held-out voices, and one English sentence.
+
+    python samples.py --engines DIR --output ../sample_audio
+
+Each file is of another kind, so that together they show what the server takes.
+"""
+
+import argparse
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torchaudio
+
+from synthesise import AMERICAN, BRITISH, KOKORO_RATE, kokoro
+
+# file, voice, sample rate, channels, codec, text; a comma is a pause.
+DIGITS = [
+    ("three-digits.wav", "af_sarah", 16_000, 1, "pcm_s16le", "four, seven two"),
+    ("phone-number.flac", "am_michael", 44_100, 2, "flac", "five five five, oh one nine, eight two six three"),
+    ("zero-to-nine.mp3", "bf_emma", 22_050, 1, "mp3", "zero one two three four five six seven eight nine"),
+    ("telephone.wav", "bm_lewis", 8_000, 1, "pcm_mulaw", "two oh seven, nine four six, oh one"),
+    ("card-number.m4a", "af_sarah", 48_000, 2, "aac", "four one one six, nine eight two five, three seven oh one, six four zero two"),
+    ("pin.webm", "am_michael", 48_000, 1, "libopus", "eight three one six"),
+    ("room-number.ogg", "ef_dora", 48_000, 1, "libopus", "six, two, nine, five, eight"),
+]
+SENTENCE = "the quick brown fox jumps over the lazy dog while seven old wizards watch from the garden wall"
+SENTENCE_PHONEMES = (
+    "ðə kwˈɪk bɹˈWn fˈɑks ʤˈʌmps ˌOvəɹ ðə lˈAzi dˈɔɡ, wˌIl sˈɛvən ˈOld wˈɪzəɹdz wˈɑʧ fɹʌm ðə ɡˈɑɹdᵊn wˈɔl."
+)
+SPEED = 0.95
+
+
+def speak(engines: Path, phonemes: str, voice: str) -> np.ndarray:
+    """Speak ``phonemes`` with one of Kokoro's voices; returns 24 kHz float32."""
+    session, symbols, voices = kokoro(engines)
+    tokens = [symbols[symbol] for symbol in phonemes]
+    inputs = {
+        "tokens": np.array([[0, *tokens, 0]]),
+        "style": voices[voice][len(tokens) - 1][None],
+        "speed": np.array([SPEED], np.float32),
+    }
+    return session.run(None, inputs)[0].reshape(-1)
+
+
+def write(path: Path, samples: np.ndarray, rate: int, channels: int, codec: str) -> None:
+    """Encode 24 kHz samples as ``codec`` in the container of the path's suffix."""
+    wave = torchaudio.functional.resample(torch.from_numpy(samples), KOKORO_RATE, rate)
+    if codec == "pcm_mulaw":  # a telephone line passes 300 to 3400 Hz
+        wave = torchaudio.functional.highpass_biquad(wave, rate, 300.0)
+        wave = torchaudio.functional.lowpass_biquad(wave, rate, 3400.0)
+    wave = 0.5 * wave / wave.abs().max()
+    sides = torch.stack([wave * gain for gain in ([1.0] if channels == 1 else [1.0, 0.6])])  # the speaker sits left
+    frame = av.AudioFrame.from_ndarray(sides.numpy(), format="fltp", layout="mono" if channels == 1 else "stereo")
+    frame.rate = rate
+    with av.open(path, "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=frame.layout.name)
+        for part in (frame, None):
+            container.mux(stream.encode(part))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=Path, required=True, help="folder with kokoro.onnx, vocab.json and voices/")
+    parser.add_argument("--output", type=Path, default=Path("../sample_audio"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = ["file\ttext\tmodel"]
+    for name, voice, rate, channels, codec, text in DIGITS:
+        words = BRITISH if voice.startswith("b") else AMERICAN
+        phonemes = ", ".join(" ".join(words[word] for word in group.split()) for group in text.split(","))
+        write(args.output / name, speak(args.engines, phonemes, voice), rate, channels, codec)
+        rows.append(f"{name}\t{text.replace(',', '')}\tdigits")
+    write(args.output / "sentence.wav", speak(args.engines, SENTENCE_PHONEMES, "bf_emma"), 16_000, 1, "pcm_s16le")
+    rows.append(f"sentence.wav\t{SENTENCE}\tlibrispeech")
+    (args.output / "transcripts.tsv").write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
