@@ -164,7 +164,7 @@ class ModelHandler:
         context.set_response_content_type(index, "application/json")
         return {"code": status.value, "type": kind, "message": message}
 
-    def _audio_bytes(self, request: dict) -> bytes:
+    def _audio_bytes(self, request: dict) -> bytes | bytearray:
         """The audio file in a request, however it was sent: raw body, form field, base64 text or JSON.
 
         Raises:
@@ -187,15 +187,15 @@ class ModelHandler:
             hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
             message = f"The request has no audio. {SEND_AUDIO} ({hint})."
             raise self.RequestError(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
-        return bytes(value)
+        return value
 
-    def _waveform(self, audio: bytes) -> torch.Tensor:
+    def _waveform(self, audio: bytes | bytearray) -> torch.Tensor:
         """Decode an audio file of any sample rate, channel count and bit depth.
 
         PyAV, because its wheel brings FFmpeg along: nothing has to be installed on the system.
 
         Args:
-            audio (bytes): the file.
+            audio (bytes or bytearray): the file.
 
         Returns:
             Tensor: (samples,), float32, full scale 1.0, mono, at ``self.sample_rate``.

@@ -12,16 +12,23 @@ import av
 import numpy as np
 import torch
 import torchaudio
-
 from synthesise import AMERICAN, BRITISH, KOKORO_RATE, kokoro
 
+CARD_NUMBER = "four one one six, nine eight two five, three seven oh one, six four zero two"
 # file, voice, sample rate, channels, codec, text; a comma is a pause.
 DIGITS = [
     ("three-digits.wav", "af_sarah", 16_000, 1, "pcm_s16le", "four, seven two"),
     ("phone-number.flac", "am_michael", 44_100, 2, "flac", "five five five, oh one nine, eight two six three"),
     ("zero-to-nine.mp3", "bf_emma", 22_050, 1, "mp3", "zero one two three four five six seven eight nine"),
     ("telephone.wav", "bm_lewis", 8_000, 1, "pcm_mulaw", "two oh seven, nine four six, oh one"),
-    ("card-number.m4a", "af_sarah", 48_000, 2, "aac", "four one one six, nine eight two five, three seven oh one, six four zero two"),
+    (
+        "card-number.m4a",
+        "af_sarah",
+        48_000,
+        2,
+        "aac",
+        "four one one six, nine eight two five, three seven oh one, six four zero two",
+    ),
     ("pin.webm", "am_michael", 48_000, 1, "libopus", "eight three one six"),
     ("room-number.ogg", "ef_dora", 48_000, 1, "libopus", "six, two, nine, five, eight"),
 ]

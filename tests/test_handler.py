@@ -1,0 +1,313 @@
+"""The handler in a worker's context: what it promises to a client and to TorchServe."""
+
+import base64
+import inspect
+import io
+import socket
+
+import av
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from conftest import SAMPLES, Worker, encode, needs_bundle_assets, transcripts
+from ts.torch_handler.base_handler import BaseHandler
+from ts.utils.util import list_classes_from_module
+
+import export_model
+import handler
+
+THREE_DIGITS = (SAMPLES / "three-digits.wav").read_bytes()
+TEXT = transcripts("digits")["three-digits.wav"]
+
+
+def quiet_noise(seconds: float) -> np.ndarray:
+    """(1, samples) of quiet noise at 16 kHz: a valid file in which nothing is said."""
+    return np.random.default_rng(0).normal(0, 0.001, (1, int(seconds * 16_000))).astype(np.float32)
+
+
+# The contract with TorchServe
+
+
+def test_the_module_defines_one_class_with_the_expected_interface():
+    assert list_classes_from_module(handler) == [handler.ModelHandler]
+    assert not hasattr(handler, "handle")  # TorchServe would take it for a function entry point
+    assert not issubclass(handler.ModelHandler, BaseHandler)
+    assert list(inspect.signature(handler.ModelHandler.initialize).parameters) == ["self", "context"]
+    assert list(inspect.signature(handler.ModelHandler.handle).parameters) == ["self", "data", "context"]
+
+
+def test_a_fresh_handler_is_not_initialized_and_a_loaded_one_is(worker):
+    fresh = handler.ModelHandler()
+    assert (fresh.model, fresh.device, fresh.initialized) == (None, None, False)
+    assert isinstance(worker.handler.model, torch.jit.ScriptModule)
+    assert (worker.handler.device, worker.handler.initialized) == (torch.device("cpu"), True)
+
+
+@pytest.mark.parametrize("file", transcripts("digits"))
+def test_every_sample_is_transcribed_exactly(worker, file):
+    assert worker.transcribe((SAMPLES / file).read_bytes()) == transcripts("digits")[file]
+
+
+def test_a_batch_is_answered_in_order(worker):
+    files = [*transcripts("digits").items()] * 2
+    answers = worker.answer(*({"body": bytearray((SAMPLES / file).read_bytes())} for file, _ in files))
+    assert answers == [(200, text) for _, text in files]
+
+
+def test_a_bad_file_does_not_spoil_its_batch(worker):
+    good, bad = {"body": bytearray(THREE_DIGITS)}, {"body": bytearray(b"this is no audio")}
+    answers = worker.answer(good, bad, {"body": None}, good)
+    assert [status for status, _ in answers] == [200, 400, 400, 200]
+    assert answers[0][1] == answers[3][1] == TEXT
+
+
+def test_a_failure_inside_the_engine_is_one_500_and_the_next_request_is_answered(worker, monkeypatch):
+    def fails_on_short(waveform: torch.Tensor) -> str:
+        if len(waveform) < 16_000:
+            raise RuntimeError("secret detail")
+        return transcribe(waveform)
+
+    transcribe = worker.handler._transcribe
+    monkeypatch.setattr(worker.handler, "_transcribe", fails_on_short)
+    short = {"body": encode(quiet_noise(0.5), 16_000, "wav", "pcm_s16le")}
+    (status, body), good = worker.answer(short, {"body": THREE_DIGITS})
+    assert (status, body["code"], body["type"]) == (500, 500, "InternalError")
+    assert "secret" not in body["message"]
+    assert good == (200, TEXT)
+
+
+def test_answers_are_typed_for_the_client(worker):
+    worker.answer({"body": THREE_DIGITS}, {"body": b""})
+    assert worker.context.get_response_content_type(0) == "text/plain; charset=utf-8"
+    assert worker.context.get_response_content_type(1) == "application/json"
+
+
+# What arrives from TorchServe
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"body": bytearray(THREE_DIGITS)},
+        {"body": THREE_DIGITS},
+        {"data": bytearray(THREE_DIGITS)},
+        {"speech_file": bytearray(THREE_DIGITS)},
+        {"language": None, "data": bytearray(THREE_DIGITS)},
+        {"body": base64.b64encode(THREE_DIGITS).decode()},
+        {"body": {"data": base64.b64encode(THREE_DIGITS).decode()}},
+    ],
+    ids=["bytearray", "bytes", "form field data", "form field of any name", "two fields", "base64 text", "json"],
+)
+def test_audio_is_found_however_it_was_sent(worker, request_fields):
+    assert worker.answer(request_fields) == [(200, TEXT)]
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "kind", "advice"),
+    [
+        ({}, "EmptyBody", "-T speech.wav"),
+        ({"body": None}, "EmptyBody", "-T speech.wav"),
+        ({"body": bytearray()}, "EmptyBody", "application/octet-stream"),
+        ({"body": ""}, "EmptyBody", "-T speech.wav"),
+        ({"body": {}}, "EmptyBody", "-T speech.wav"),
+        ({"body": "good morning"}, "NotAudio", "base64"),
+        ({"body": {"data": 17}}, "NotAudio", '"data"'),
+        ({"body": [1, 2, 3]}, "NotAudio", '"data"'),
+        ({"body": b"\x00\xff" * 500}, "NotAudio", "WAV"),
+        ({"body": b"RIFF\x24\x00\x00\x00WAVE"}, "NotAudio", "WAV"),
+    ],
+)
+def test_what_is_no_audio_gets_a_400_that_says_what_to_send(worker, request_fields, kind, advice):
+    [(status, body)] = worker.answer(request_fields)
+    assert (status, body["code"], body["type"]) == (400, 400, kind)
+    assert advice in body["message"]
+
+
+def test_a_client_text_never_reaches_the_answer_or_the_log(worker, caplog):
+    [(_, body)] = worker.answer({"body": b"[METRICS]evil.Count:1|#Level:Host"})
+    assert "METRICS" not in body["message"] + caplog.text
+
+
+# Audio files
+
+
+def resampled(speech: torch.Tensor, rate: int) -> np.ndarray:
+    """(1, samples) of ``speech`` at ``rate``."""
+    return torchaudio.functional.resample(speech, 16_000, rate)[None].numpy()
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_any_sample_rate_is_understood(worker, speech, rate):
+    assert worker.transcribe(encode(resampled(speech, rate), rate, "wav", "pcm_s16le")) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "sample_format"),
+    [
+        ("wav", "pcm_u8", None),
+        ("wav", "pcm_s24le", None),
+        ("wav", "pcm_s32le", None),
+        ("wav", "pcm_f32le", None),
+        ("wav", "pcm_alaw", None),
+        ("w64", "pcm_s16le", None),
+        ("flac", "flac", "s16"),
+        ("mp3", "mp3", None),
+        ("ogg", "libopus", None),
+        ("webm", "libopus", None),
+        ("adts", "aac", None),
+        ("mp4", "aac", None),
+        ("matroska", "aac", None),
+        ("aiff", "pcm_s16be", None),
+        ("au", "pcm_s16be", None),
+        ("caf", "pcm_s16le", None),
+    ],
+)
+def test_any_common_file_format_is_understood(worker, speech, container, codec, sample_format):
+    rate = 48_000 if codec == "libopus" else 16_000
+    audio = encode(resampled(speech, rate), rate, container, codec, sample_format)
+    assert worker.transcribe(audio) == TEXT
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_equal_channels_give_the_mono_samples(worker, speech, channels):
+    audio = encode(speech[None].repeat(channels, 1).numpy(), 16_000, "wav", "pcm_f32le")
+    assert torch.allclose(worker.handler._waveform(audio), speech, atol=1e-6)
+
+
+def test_one_silent_channel_does_not_hide_the_speech(worker, speech):
+    audio = encode(torch.stack([speech, torch.zeros_like(speech)]).numpy(), 16_000, "wav", "pcm_s16le")
+    assert worker.transcribe(audio) == TEXT
+
+
+def test_pcm_at_16_khz_arrives_bit_for_bit(worker):
+    samples = np.random.default_rng(1).integers(-32768, 32768, (1, 20_000)).astype(np.int16)
+    audio = encode(samples / np.float32(32768), 16_000, "wav", "pcm_s16le")
+    assert np.array_equal(worker.handler._waveform(audio).numpy() * 32768, samples[0])
+
+
+def test_tags_in_an_old_encoding_are_no_obstacle(worker, speech):
+    audio = encode(resampled(speech, 16_000), 16_000, "mp3", "mp3")
+    latin = "M\u00fcller".encode("latin-1")
+    tag = b"TIT2" + len(b"\x03" + latin).to_bytes(4, "big") + b"\x00\x00\x03" + latin  # says UTF-8, is not
+    assert worker.transcribe(b"ID3\x03\x00\x00\x00\x00\x00" + bytes([len(tag)]) + tag + audio) == TEXT
+
+
+@pytest.mark.parametrize("samples", [1, 100, 160, 201, 480, 1000, 2559, 2560, 2561])
+def test_audio_shorter_than_a_segment_is_answered(worker, samples):
+    click = np.zeros((1, samples), np.float32)
+    click[0, samples // 2] = 0.9
+    status_and_text = worker.answer({"body": encode(click, 16_000, "wav", "pcm_s16le")})
+    assert status_and_text == [(200, "")]
+
+
+def test_silence_is_an_empty_transcript(worker):
+    assert worker.transcribe(encode(np.zeros((1, 48_000), np.float32), 16_000, "wav", "pcm_s16le")) == ""
+
+
+def test_a_file_of_zero_samples_gets_a_400(worker):
+    empty = THREE_DIGITS[: THREE_DIGITS.index(b"data")] + b"data" + bytes(4)
+    [(status, body)] = worker.answer({"body": empty})
+    assert (status, body["type"]) == (400, "NoSamples")
+
+
+def test_a_video_without_sound_gets_a_400(worker):
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
+            output.mux(stream.encode(part))
+    [(status, body)] = worker.answer({"body": file.getvalue()})
+    assert (status, body["type"]) == (400, "NoAudioStream")
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile /etc/hostname\n",
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+    ],
+    ids=["hls", "concat", "sdp"],
+)
+def test_a_playlist_opens_nothing(worker, playlist):
+    [(status, body)] = worker.answer({"body": playlist})
+    assert (status, body["type"]) == (400, "NotAudio")
+
+
+# Settings
+
+
+def test_audio_over_the_limit_gets_a_413(digits_pt):
+    worker = Worker(digits_pt, {"max_audio_seconds": 2})
+    long = encode(quiet_noise(2.5), 16_000, "wav", "pcm_s16le")
+    (status, body), short = worker.answer({"body": long}, {"body": encode(quiet_noise(1), 16_000, "wav", "pcm_s16le")})
+    assert (status, body["type"], short) == (413, "AudioTooLong", (200, ""))
+    assert "2 s" in body["message"]
+
+
+def test_a_wider_beam_hears_the_samples_too(digits_pt):
+    worker = Worker(digits_pt, {"beam_width": 10})
+    assert worker.transcribe(THREE_DIGITS) == TEXT
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beam_width": 0}, {"beam_width": 1.5}, {"beam_width": "4"}, {"num_threads": True}, {"beam": 4}]
+)
+def test_a_wrong_setting_stops_the_worker_with_a_sentence(digits_pt, settings):
+    with pytest.raises(ValueError, match=r"model-config\.yaml"):
+        Worker(digits_pt, settings)
+
+
+def test_a_worker_uses_the_threads_it_is_given(digits_pt):
+    try:
+        Worker(digits_pt, {"num_threads": 2})
+        assert torch.get_num_threads() == 2
+    finally:
+        Worker(digits_pt)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_network_is_never_used(digits_pt, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert Worker(digits_pt).transcribe(THREE_DIGITS) == TEXT
+
+
+# Model files that others exported
+
+
+def plain_beam_search(path, model, blank) -> None:
+    """Save a scripted ``RNNTBeamSearch`` without extra files, as older examples do."""
+    torch.jit.save(torch.jit.script(torchaudio.models.RNNTBeamSearch(model, blank)), str(path))
+
+
+def test_a_plain_scripted_beam_search_is_served_with_the_bundles_assets(tmp_path, monkeypatch):
+    # A torch hub cache whose LibriSpeech files are ours, so that the text can be checked without the real ones.
+    assets = tmp_path / "hub" / "torchaudio" / "pipeline-assets"
+    assets.mkdir(parents=True)
+    model, blank, files = export_model.digits(None)
+    (assets / "global_stats_rnnt_librispeech.json").write_bytes(files["global_stats.json"])
+    (assets / "spm_bpe_4096_librispeech.model").write_bytes(files["tokenizer.model"])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    plain_beam_search(tmp_path / "decoder_jit.pt", model.eval(), blank)
+    assert Worker(tmp_path / "decoder_jit.pt").transcribe(THREE_DIGITS) == TEXT
+
+
+@needs_bundle_assets
+def test_a_plain_scripted_beam_search_gets_the_real_bundles_assets(tmp_path):
+    model, blank, _ = export_model.digits(None)
+    plain_beam_search(tmp_path / "decoder_jit.pt", model.eval(), blank)
+    worker = Worker(tmp_path / "decoder_jit.pt")
+    assert worker.handler.tokens_to_text.sp_model.vocab_size() == 4096
+
+
+def test_an_archive_without_its_model_stops_the_worker_with_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model file emformer_rnnt\.pt"):
+        Worker(tmp_path / "emformer_rnnt.pt")

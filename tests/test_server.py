@@ -1,0 +1,205 @@
+"""A real TorchServe on free ports: exported, archived, started, asked and stopped as the README says."""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from conftest import ROOT, SAMPLES, run, transcripts
+
+import serve
+
+BIN = Path(sys.executable).parent
+THREE_DIGITS = SAMPLES / "three-digits.wav"
+
+
+class Server:
+    """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.properties"
+        self.store = folder / "model_store"
+        self.store.mkdir()
+        # TorchServe keeps its pid file, its sockets and the unpacked archive there.
+        self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
+        ports = free_ports(5)
+        text = re.sub(r":80\d\d$", lambda _: f":{ports.pop()}", (ROOT / "config.properties").read_text(), flags=re.M)
+        text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
+        self.config.write_text(text)
+        self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
+        command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
+        command += ["--serialized-file", model, "--handler", ROOT / "handler.py"]
+        command += ["--config-file", ROOT / "model-config.yaml", "--export-path", self.store]
+        subprocess.run(command, check=True, env=os.environ | self.environment)
+
+    def serve(self, command: str) -> subprocess.CompletedProcess[str]:
+        options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
+        return run("serve.py", command, *options, **self.environment)
+
+    def processes(self) -> list[psutil.Process]:
+        """TorchServe and its workers."""
+        pid = int((self.folder / ".model_server.pid").read_text())
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def new_server():
+    """Make servers in short folders (a socket's path has at most 107 characters); leave none behind."""
+    servers = []
+
+    def make(model: Path) -> Server:
+        servers.append(Server(Path(tempfile.mkdtemp(prefix="ts-")), model))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.serve("stop")
+        shutil.rmtree(server.folder)
+
+
+@pytest.fixture(scope="module")
+def server(digits_pt):
+    folder = Path(tempfile.mkdtemp(prefix="ts-"))
+    server = Server(folder, digits_pt)
+    started = server.serve("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield server
+    server.serve("stop")
+    shutil.rmtree(folder)
+
+
+def post(server: Server, path: Path) -> requests.Response:
+    headers = {"Content-Type": "application/octet-stream"}
+    return requests.post(server.url, data=path.read_bytes(), headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize("file", transcripts("digits"))
+def test_every_sample_comes_back_as_its_text(server, file):
+    answer = post(server, SAMPLES / file)
+    assert (answer.status_code, answer.text) == (200, transcripts("digits")[file])
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_sixteen_at_once_get_each_its_own_text(server):
+    files = ([*transcripts("digits")] * 3)[:16]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda file: post(server, SAMPLES / file), files))
+    assert [answer.text for answer in answers] == [transcripts("digits")[file] for file in files]
+
+
+def test_a_bad_file_among_good_ones_is_the_only_one_refused(server, tmp_path):
+    (tmp_path / "bad.wav").write_bytes(b"RIFF" + bytes(1000))
+    paths = [THREE_DIGITS, tmp_path / "bad.wav"] * 6
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda path: post(server, path), paths))
+    assert [answer.status_code for answer in answers] == [200, 400] * 6
+    assert {answer.text for answer in answers[::2]} == {"four seven two"}
+    for refused in answers[1::2]:
+        assert refused.headers["content-type"] == "application/json"
+        assert refused.json().keys() == {"code", "type", "message"}
+
+
+def test_an_empty_body_gets_a_400(server):
+    answer = requests.post(server.url, timeout=60)
+    assert (answer.status_code, answer.json()["type"]) == (400, "EmptyBody")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-T", THREE_DIGITS],
+        ["-F", f"data=@{THREE_DIGITS}"],
+        ["-H", "Content-Type: audio/wav", "--data-binary", f"@{THREE_DIGITS}"],
+    ],
+    ids=["-T", "-F", "--data-binary with a type"],
+)
+def test_curl_gets_the_text(server, options):
+    done = subprocess.run(["curl", "-sS", "-X", "POST", server.url, *options], capture_output=True, text=True)
+    assert done.stdout == "four seven two"
+
+
+def test_the_readmes_python_client_prints_the_text(server):
+    [client] = re.findall(r"^python -c '(.*?requests\.post.*?)'$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    client = client.replace("http://localhost:8080/predictions/emformer_asr", server.url)
+    done = subprocess.run([sys.executable, "-c", client], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("four seven two\n", "")
+
+
+def test_the_server_listens_on_loopback_only(server):
+    listening = {
+        connection.laddr.ip
+        for process in server.processes()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+def test_models_cannot_be_registered_over_http(server):
+    management = serve.read_config(server.config)["management_address"]
+    archive = (server.store / "emformer_asr.mar").as_uri()
+    assert requests.post(f"{management}/models", params={"url": archive}, timeout=60).status_code in (403, 405)
+    assert requests.delete(f"{management}/models/emformer_asr", timeout=60).status_code in (403, 405)
+    assert post(server, THREE_DIGITS).text == "four seven two"
+
+
+def test_metrics_are_prometheus_text(server):
+    metrics = requests.get(serve.read_config(server.config)["metrics_address"] + "/metrics", timeout=60).text
+    assert re.search(r'^ts_inference_requests_total\{model_name="emformer_asr"', metrics, flags=re.M)
+
+
+def test_a_second_start_finds_the_server_running(server):
+    before = server.processes()[0].pid
+    again = server.serve("start")
+    assert again.returncode == 0 and "running already" in again.stdout
+    assert server.processes()[0].pid == before
+
+
+def test_stop_leaves_no_process_behind(new_server, digits_pt):
+    server = new_server(digits_pt)
+    assert server.serve("start").returncode == 0
+    family = server.processes()
+    assert len(family) >= 2  # the server and a worker
+    assert "has stopped" in server.serve("stop").stdout
+    assert not [process for process in family if process.is_running()]
+
+
+def test_a_port_in_use_is_named_in_one_sentence(new_server, digits_pt):
+    server = new_server(digits_pt)
+    host, port = serve.ports(serve.read_config(server.config))[0]
+    with socket.socket() as other:
+        other.bind((host, port))
+        other.listen()
+        started = server.serve("start")
+    assert started.returncode == 1
+    assert started.stderr.count("\n") == 1 and f"Port {port} on {host} is not free" in started.stderr
+
+
+def test_a_worker_that_dies_while_loading_ends_the_start_with_its_reason(new_server, tmp_path):
+    (tmp_path / "emformer_rnnt.pt").write_text("not a TorchScript file")
+    server = new_server(tmp_path / "emformer_rnnt.pt")
+    started = server.serve("start")
+    assert started.returncode == 1
+    assert "Traceback" in started.stderr  # the log's last lines
+    assert "The worker died while it loaded the model: PytorchStreamReader" in started.stderr.splitlines()[-1]
+    assert "not running" in server.serve("stop").stdout
