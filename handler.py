@@ -70,12 +70,12 @@ class ModelHandler:
                 ``model_yaml_config`` are read.
 
         Raises:
-            ValueError: model-config.yaml has a handler setting that does not exist or is not a positive number.
+            ValueError: model-config.yaml has a handler setting that does not exist or is no whole number from 1.
             FileNotFoundError: the archive has no model file.
         """
         properties = context.system_properties
         self.settings = self._settings(context)
-        torch.set_num_threads(int(self.settings["num_threads"]))
+        torch.set_num_threads(self.settings["num_threads"])
         gpu_id = properties.get("gpu_id")
         on_gpu = gpu_id is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
@@ -93,14 +93,13 @@ class ModelHandler:
         self.initialized = True
 
     @staticmethod
-    def _settings(context) -> dict[str, float]:
+    def _settings(context) -> dict[str, int]:
         given = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
         for name, value in given.items():
             if name not in DEFAULTS:
                 raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(DEFAULTS)}.")
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole or (isinstance(value, float) and name == "max_audio_seconds")) or value <= 0:
-                raise ValueError(f"model-config.yaml: handler: {name} must be a positive number, not {value!r}.")
+            if type(value) is not int or value < 1:  # a bool is an int, too
+                raise ValueError(f"model-config.yaml: handler: {name} must be a whole number from 1, not {value!r}.")
         return DEFAULTS | given
 
     def _build_processors(self, files: dict[str, bytes | str]) -> None:
@@ -210,11 +209,13 @@ class ModelHandler:
                 if not container.streams.audio:
                     message = f"The file has no audio stream. {SEND_AUDIO}."
                     raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoAudioStream", message)
-                resampler = av.AudioResampler(format="fltp", rate=self.sample_rate)
+                # Packed samples: PyAV crashes on planar ones of eight channels and more.
+                resampler = av.AudioResampler(format="flt", rate=self.sample_rate)
                 for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what is left in it
                     for resampled in resampler.resample(frame):
+                        packed = torch.from_numpy(resampled.to_ndarray())  # (1, samples * channels)
                         # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
-                        chunks.append(torch.from_numpy(resampled.to_ndarray()).mean(dim=0))  # (samples,)
+                        chunks.append(packed.view(resampled.samples, -1).mean(dim=1))  # (samples,)
                         samples += resampled.samples
                     if samples > limit * self.sample_rate:
                         message = f"The audio is longer than the {limit} s that this server takes: send it in pieces."
@@ -229,12 +230,19 @@ class ModelHandler:
         return torch.cat(chunks)
 
     def _transcribe(self, waveform: torch.Tensor) -> str:
-        """Transcribe (samples,) at ``self.sample_rate``."""
+        """Transcribe (samples,) at ``self.sample_rate``.
+
+        Raises:
+            RequestError: the samples are not finite, or too large to be squared.
+        """
         missing = self.segment_samples - len(waveform)
         if missing > 0:  # the extractor and the encoder need one segment; silence says nothing
             waveform = torch.nn.functional.pad(waveform, (0, missing))
         with torch.inference_mode():
             features, length = self.extract_features(waveform)  # (T, 80), (1,)
+            if not features.isfinite().all():  # it would spoil every score of the search
+                message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
+                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
             hypotheses = self.model(features.to(self.device), length.to(self.device), self.settings["beam_width"])
         tokens = hypotheses[0][0]
         return self.tokens_to_text(tokens)

@@ -4,6 +4,7 @@ import base64
 import inspect
 import io
 import socket
+import struct
 
 import av
 import numpy as np
@@ -19,6 +20,14 @@ import handler
 
 THREE_DIGITS = (SAMPLES / "three-digits.wav").read_bytes()
 TEXT = transcripts("digits")["three-digits.wav"]
+
+
+def wav(samples: np.ndarray, channels: int, width: int, encoding: int) -> bytes:
+    """A 16 kHz WAV file: interleaved samples of ``width`` bytes; encoding 1 is PCM, 3 is float."""
+    data, block = samples.tobytes(), channels * width
+    header = struct.pack("<HHIIHH", encoding, channels, 16_000, 16_000 * block, block, 8 * width)
+    chunks = b"fmt " + struct.pack("<I", len(header)) + header + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
 def quiet_noise(seconds: float) -> np.ndarray:
@@ -173,6 +182,19 @@ def test_any_common_file_format_is_understood(worker, speech, container, codec, 
 def test_equal_channels_give_the_mono_samples(worker, speech, channels):
     audio = encode(speech[None].repeat(channels, 1).numpy(), 16_000, "wav", "pcm_f32le")
     assert torch.allclose(worker.handler._waveform(audio), speech, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [3, 8, 16])
+def test_recordings_of_many_microphones_are_mixed(worker, channels):
+    samples = (np.random.default_rng(2).normal(0, 0.1, (8000, channels)) * 32767).astype("<i2")
+    waveform = worker.handler._waveform(wav(samples, channels, 2, 1))
+    assert np.allclose(waveform.numpy(), samples.mean(axis=1) / 32768, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_samples_that_are_no_sound_get_a_400(worker, value):
+    (status, body), good = worker.answer({"body": wav(np.full(16_000, value, "<f4"), 1, 4, 3)}, {"body": THREE_DIGITS})
+    assert (status, body["type"], good) == (400, "NotAudio", (200, TEXT))
 
 
 def test_one_silent_channel_does_not_hide_the_speech(worker, speech):
