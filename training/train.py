@@ -1,6 +1,7 @@
 """Train the spoken-digit Emformer RNN-T on the clips that synthesise.py wrote.
 
     python train.py --clips data --output ../models/digits
+    python train.py --clips data --output ../models/digits --polish first.pt --steps 1000 --learning-rate 4e-4
 
 Features are exactly those of torchaudio's ``EMFORMER_RNNT_BASE_LIBRISPEECH`` extractor with our own
 global statistics, so the serving code treats this model like the base model. RNN-T loss alone does not
@@ -8,7 +9,7 @@ move for thousands of steps from a cold start: a CTC head (thrown away at the en
 steps on clean clips of one or two words, then both losses train together while the strings grow longer
 and the recordings worse.
 
-A run keeps ``checkpoint.pt`` beside the clips and goes on from it when started again.
+A run keeps ``checkpoint.pt`` (``polish.pt``) beside the clips and goes on from it when started again.
 """
 
 import argparse
@@ -61,7 +62,9 @@ PADDING = ARCHITECTURE["right_context_length"]
 
 CTC_STEPS = 400  # steps with the CTC loss alone, on clean clips of one or two words
 GROWTH = ((0.0, 2), (0.18, 4), (0.3, 7), (0.45, 12))  # share of the run, longest string in words
+POLISH_WORDS = 7  # longest string of a polishing run
 ROUGH_STEPS = 1000  # over these steps more and more of the utterances pass through recorded()
+REPEATS = 0.4  # how often a clip that begins with the last word said is made to follow it
 BATCH_FRAMES = 10_000  # feature frames (10 ms) a step
 
 
@@ -135,8 +138,10 @@ def recorded(wave: np.ndarray, rng: random.Random, generator: np.random.Generato
 class Batches(torch.utils.data.Dataset):
     """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths."""
 
-    def __init__(self, voices: dict[str, list[tuple[np.ndarray, list[str]]]], steps: int, extractor) -> None:
-        self.voices, self.steps, self.extractor = voices, steps, extractor
+    def __init__(
+        self, voices: dict[str, list[tuple[np.ndarray, list[str]]]], steps: int, polish: bool, extractor
+    ) -> None:
+        self.voices, self.steps, self.polish, self.extractor = voices, steps, polish, extractor
         self.names = list(voices)
         # A voice with many clips is heard more often, but not in proportion.
         self.weights = [math.sqrt(len(clips)) for clips in voices.values()]
@@ -153,6 +158,10 @@ class Batches(torch.utils.data.Dataset):
         widest = rng.choice([0.05, 0.3, 0.3, 1.0])
         for _ in range(50):
             samples, text = rng.choice(clips)
+            # A word said twice is what a transducer is slowest to learn: give it more of them than chance does.
+            if words and rng.random() < REPEATS:
+                repeating = [clip for clip in clips if clip[1][0] == words[-1]]
+                samples, text = rng.choice(repeating or [(samples, text)])
             if len(words) + len(text) <= wanted + 1:
                 piece = trimmed(samples, rng).astype(np.float32) / 32768
                 pieces += [np.zeros(int(rng.uniform(0, widest) * SAMPLE_RATE), np.float32), piece]
@@ -171,9 +180,11 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rng, generator = random.Random(step), np.random.default_rng(step)
         longest = max(words for share, words in GROWTH if step >= share * self.steps)
-        if step < CTC_STEPS:
-            longest = 2
         roughness = min(1.0, max(0, step - CTC_STEPS) / ROUGH_STEPS)
+        if self.polish:
+            longest, roughness = POLISH_WORDS, 1.0
+        elif step < CTC_STEPS:
+            longest = 2
         wanted = rng.randint(1, longest)  # one length a batch: little is padding
         features, texts, frames = [], [], 0
         while frames < BATCH_FRAMES and len(features) < 32:
@@ -217,7 +228,7 @@ def write_tokenizer(path: Path) -> None:
 def write_global_stats(path: Path, voices: dict[str, list[tuple[np.ndarray, list[str]]]]) -> None:
     """Measure mean and inverse standard deviation of every mel bin over 600 augmented utterances."""
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
-    batches = Batches(voices, 1, feature_extractor(path))
+    batches = Batches(voices, 1, True, feature_extractor(path))
     rng, generator = random.Random("stats"), np.random.default_rng(0)
     waves = [batches.utterance(rng.randint(1, 8), 1.0, rng, generator)[0] for _ in range(600)]
     frames = torch.cat([batches.extractor(torch.from_numpy(wave))[0][:-PADDING] for wave in waves]).double()
@@ -237,6 +248,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("../models/digits"))
     parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -253,22 +265,23 @@ def main() -> None:
 
     model = emformer_rnnt_model(**ARCHITECTURE)
     ctc_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], BLANK + 1)
-    average = copy.deepcopy(model).requires_grad_(
-        False
-    )  # exponential moving average of the weights: this is what is kept
+    if args.polish:
+        model.load_state_dict(torch.load(args.polish, weights_only=True))
+    # An exponential moving average of the weights is what is kept in the end.
+    average = copy.deepcopy(model).requires_grad_(False)
     parameters = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05, anneal_strategy="cos"
     )
-    checkpoint, first = args.clips / "checkpoint.pt", 0
+    checkpoint, first = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0
     trained = {"model": model, "ctc": ctc_head, "average": average, "optimizer": optimizer, "schedule": schedule}
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         first = saved.pop("step")
         for name, part in trained.items():
             part.load_state_dict(saved[name])
-    batches = Batches(voices, args.steps, feature_extractor(stats))
+    batches = Batches(voices, args.steps, args.polish is not None, feature_extractor(stats))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(batches, range(first, args.steps)), batch_size=None, num_workers=1, prefetch_factor=8
     )
@@ -288,14 +301,14 @@ def main() -> None:
         loss = torch.nn.functional.ctc_loss(
             log_probs.transpose(0, 1), targets, frames, target_lengths, BLANK, zero_infinity=True
         )
-        if step >= CTC_STEPS:
+        if args.polish or step >= CTC_STEPS:
             start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
             predicted, _, _ = model.predict(torch.cat([start, targets], 1), target_lengths + 1, None)
             logits, _, _ = model.join(encoded, frames, predicted, target_lengths + 1)
             transducer = torchaudio.functional.rnnt_loss(
                 logits, targets, frames, target_lengths, blank=BLANK, reduction="none"
             )
-            loss = 0.3 * loss + (transducer / target_lengths).mean()
+            loss = (0.0 if args.polish else 0.3) * loss + (transducer / target_lengths).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
