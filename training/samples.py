@@ -14,39 +14,31 @@ import torch
 import torchaudio
 from synthesise import AMERICAN, BRITISH, KOKORO_RATE, kokoro
 
-CARD_NUMBER = "four one one six, nine eight two five, three seven oh one, six four zero two"
-# file, voice, sample rate, channels, codec, text; a comma is a pause.
+CARD_NUMBER = "six nine six five, oh nine four two, oh eight oh four, nine oh six four"
+# file, voice, speed, sample rate, channels, codec, text; a comma is a pause.
 DIGITS = [
-    ("three-digits.wav", "af_sarah", 16_000, 1, "pcm_s16le", "four, seven two"),
-    ("phone-number.flac", "am_michael", 44_100, 2, "flac", "five five five, oh one nine, eight two six three"),
-    ("zero-to-nine.mp3", "bf_emma", 22_050, 1, "mp3", "zero one two three four five six seven eight nine"),
-    ("telephone.wav", "bm_lewis", 8_000, 1, "pcm_mulaw", "two oh seven, nine four six, oh one"),
-    (
-        "card-number.m4a",
-        "af_sarah",
-        48_000,
-        2,
-        "aac",
-        "four one one six, nine eight two five, three seven oh one, six four zero two",
-    ),
-    ("pin.webm", "am_michael", 48_000, 1, "libopus", "eight three one six"),
-    ("room-number.ogg", "ef_dora", 48_000, 1, "libopus", "six, two, nine, five, eight"),
+    ("three-digits.wav", "af_sarah", 0.95, 16_000, 1, "pcm_s16le", "four, seven two"),
+    ("phone-number.flac", "am_michael", 0.85, 44_100, 2, "flac", "zero three two, three one two, one five nine four"),
+    ("zero-to-nine.mp3", "bf_emma", 0.85, 22_050, 1, "mp3", "zero one two three four five six seven eight nine"),
+    ("telephone.wav", "bm_lewis", 0.95, 8_000, 1, "pcm_mulaw", "one six nine, two eight four, eight zero"),
+    ("card-number.m4a", "af_sarah", 0.85, 48_000, 2, "aac", CARD_NUMBER),
+    ("pin.webm", "am_michael", 0.8, 48_000, 1, "libopus", "eight three one six"),
+    ("room-number.ogg", "ef_dora", 0.8, 48_000, 1, "libopus", "six, two, nine, five, eight"),
 ]
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven old wizards watch from the garden wall"
 SENTENCE_PHONEMES = (
     "ðə kwˈɪk bɹˈWn fˈɑks ʤˈʌmps ˌOvəɹ ðə lˈAzi dˈɔɡ, wˌIl sˈɛvən ˈOld wˈɪzəɹdz wˈɑʧ fɹʌm ðə ɡˈɑɹdᵊn wˈɔl."
 )
-SPEED = 0.95
 
 
-def speak(engines: Path, phonemes: str, voice: str) -> np.ndarray:
+def speak(engines: Path, phonemes: str, voice: str, speed: float) -> np.ndarray:
     """Speak ``phonemes`` with one of Kokoro's voices; returns 24 kHz float32."""
     session, symbols, voices = kokoro(engines)
     tokens = [symbols[symbol] for symbol in phonemes]
     inputs = {
         "tokens": np.array([[0, *tokens, 0]]),
         "style": voices[voice][len(tokens) - 1][None],
-        "speed": np.array([SPEED], np.float32),
+        "speed": np.array([speed], np.float32),
     }
     return session.run(None, inputs)[0].reshape(-1)
 
@@ -74,12 +66,13 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = ["file\ttext\tmodel"]
-    for name, voice, rate, channels, codec, text in DIGITS:
+    for name, voice, speed, rate, channels, codec, text in DIGITS:
         words = BRITISH if voice.startswith("b") else AMERICAN
         phonemes = ", ".join(" ".join(words[word] for word in group.split()) for group in text.split(","))
-        write(args.output / name, speak(args.engines, phonemes, voice), rate, channels, codec)
+        write(args.output / name, speak(args.engines, phonemes, voice, speed), rate, channels, codec)
         rows.append(f"{name}\t{text.replace(',', '')}\tdigits")
-    write(args.output / "sentence.wav", speak(args.engines, SENTENCE_PHONEMES, "bf_emma"), 16_000, 1, "pcm_s16le")
+    sentence = speak(args.engines, SENTENCE_PHONEMES, "bf_emma", 0.95)
+    write(args.output / "sentence.wav", sentence, 16_000, 1, "pcm_s16le")
     rows.append(f"sentence.wav\t{SENTENCE}\tlibrispeech")
     (args.output / "transcripts.tsv").write_text("\n".join(rows) + "\n")
 
