@@ -73,7 +73,7 @@ def give_up(reason: str, log: Path) -> None:
         SystemExit: always.
     """
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    print(f"The last lines of {log}:", *lines[-25:], "", sep="\n", file=sys.stderr)
+    print(f"The last lines of {os.path.relpath(log)}:", *lines[-25:], "", sep="\n", file=sys.stderr)
     if running_server():
         stop()
     sys.exit(reason)
@@ -145,7 +145,7 @@ def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
     with log.open("w") as output:
         subprocess.run(command, check=True, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
     wait_until_ready(config, log_folder)
-    print(f"TorchServe is ready (process {running_server().pid}, log in {log}).")
+    print(f"TorchServe is ready (process {running_server().pid}, log in {os.path.relpath(log)}).")
 
 
 def stop() -> None:
