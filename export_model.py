@@ -92,7 +92,9 @@ def load_weights(model: RNNT, path: Path) -> None:
     except Exception as error:  # what the unpickler raises on other files depends on their first bytes
         raise ValueError(f"{path} is not a PyTorch state dict (a file written by torch.save).") from error
     expected = model.state_dict()
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         raise ValueError(f"{path} is not a state dict: it must map parameter names to tensors.")
     for name in sorted(expected.keys() | weights.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (expected, weights)]

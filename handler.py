@@ -11,11 +11,11 @@ Settings come from the ``handler`` section of an archive's model-config.yaml, se
 import base64
 import dataclasses
 import io
-import itertools
 import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterator, Sized
 from http import HTTPStatus
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class ModelHandler:
         """Answer a batch of requests.
 
         Args:
-            data (list[dict]): one dict a request; the audio is in its field ``data``, ``body`` or any other.
+            data (list[dict]): one dict a request, field name to content; a raw body is the field ``body``.
             context (ts.context.Context): takes each request's status and content type.
 
         Returns:
@@ -169,8 +169,9 @@ class ModelHandler:
         Raises:
             RequestError: there is none.
         """
-        fields = {name: value for name, value in request.items() if value is not None}
-        value = fields.get("data", fields.get("body", next(iter(fields.values()), None)))
+        # A form may have other fields beside the file, under any name: the file is the longest.
+        fields = [value for value in request.values() if value]
+        value = max(fields, key=lambda field: len(field) if isinstance(field, Sized) else 0, default=None)
         if isinstance(value, dict):  # a JSON object
             value = value.get("data")
         if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
@@ -202,25 +203,18 @@ class ModelHandler:
         Raises:
             RequestError: the bytes are no audio file, or it has no audio, or too much of it.
         """
-        limit = self.settings["max_audio_seconds"]
         chunks, samples = [], 0
         try:
             with av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
                 if not container.streams.audio:
                     message = f"The file has no audio stream. {SEND_AUDIO}."
                     raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoAudioStream", message)
-                # Packed samples: PyAV crashes on planar ones of eight channels and more.
-                resampler = av.AudioResampler(format="flt", rate=self.sample_rate)
-                for frame in itertools.chain(container.decode(audio=0), [None]):  # None: what is left in it
-                    for resampled in resampler.resample(frame):
-                        packed = torch.from_numpy(resampled.to_ndarray())  # (1, samples * channels)
-                        # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
-                        chunks.append(packed.view(resampled.samples, -1).mean(dim=1))  # (samples,)
-                        samples += resampled.samples
-                    if samples > limit * self.sample_rate:
-                        message = f"The audio is longer than the {limit} s that this server takes: send it in pieces."
-                        raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
-        except (av.FFmpegError, ValueError):
+                for frame in self._resampled(container.decode(audio=0)):
+                    packed = torch.from_numpy(frame.to_ndarray())  # (1, samples * channels)
+                    # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
+                    chunks.append(packed.view(frame.samples, -1).mean(dim=1))  # (samples,)
+                    samples += frame.samples
+        except (av.FFmpegError, ValueError, ZeroDivisionError):
             where = f"is damaged after {samples / self.sample_rate:.2f} s" if samples else "is not audio I can read"
             message = f"What was sent ({len(audio)} bytes) {where}. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
@@ -228,6 +222,35 @@ class ModelHandler:
             message = f"The audio stream is empty: zero samples. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoSamples", message)
         return torch.cat(chunks)
+
+    def _resampled(self, frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+        """Bring decoded frames to ``self.sample_rate``, all channels kept, as packed float32.
+
+        Packed, because PyAV crashes on planar frames of eight channels and more.
+
+        Raises:
+            RequestError: the frames last longer than ``max_audio_seconds``.
+        """
+        limit = self.settings["max_audio_seconds"]
+        seconds, resampler, source = 0.0, None, None
+        for frame in frames:
+            # Before resampling: one small frame that claims a few samples a second would become gigabytes.
+            seconds += frame.samples / frame.sample_rate
+            if seconds > limit:
+                message = f"The audio is longer than the {limit} s that this server takes: send it in pieces."
+                raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+            if (
+                frame.format.name,
+                frame.layout.name,
+                frame.sample_rate,
+            ) != source:  # also midway, in files that were joined
+                if resampler:
+                    yield from resampler.resample(None)  # what is left in it
+                resampler = av.AudioResampler(format="flt", rate=self.sample_rate)
+                source = (frame.format.name, frame.layout.name, frame.sample_rate)
+            yield from resampler.resample(frame)
+        if resampler:
+            yield from resampler.resample(None)
 
     def _transcribe(self, waveform: torch.Tensor) -> str:
         """Transcribe (samples,) at ``self.sample_rate``.

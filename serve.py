@@ -33,6 +33,8 @@ MODEL_NAME = "emformer_asr"
 TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
 # The whole start, in seconds; the LibriSpeech model takes about half a minute on one core.
 START_TIMEOUT = 300
+# How long a server that runs already may be without a ready worker, in seconds.
+RECOVERY_TIMEOUT = 60
 # TorchServe retries a worker that dies while it loads the model, for minutes; the first time is enough to know.
 WORKER_DIED = re.compile(r"State change WORKER_\w+ -> WORKER_(ERROR|STOPPED)")
 WHY_IT_DIED = re.compile(r"Failed to load model .*exception (.*)")
@@ -79,22 +81,35 @@ def give_up(reason: str, log: Path) -> None:
     sys.exit(reason)
 
 
+def has_ready_worker(config: dict[str, str]) -> bool:
+    """Whether a worker of the model takes requests.
+
+    Raises:
+        SystemExit: the server refuses the token in key_file.json.
+    """
+    url = f"{config['management_address']}/models/{MODEL_NAME}"
+    try:
+        answer = requests.get(url, headers=authorisation("management"), timeout=5).json()
+    except (OSError, ValueError):  # it does not listen yet
+        return False
+    if isinstance(answer, dict):  # an error: it does not know the model yet, or wants another token
+        if answer.get("type") == "InvalidKeyException":
+            sys.exit("TorchServe refuses the token in key_file.json, which may have expired: restart it for new ones.")
+        return False
+    return any(worker["status"] == "READY" for worker in answer[0]["workers"])
+
+
 def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
-    """Wait until a worker of the model answers.
+    """Wait until a worker of the server that was just started answers.
 
     Raises:
         SystemExit: the server or its worker died, or took longer than ``START_TIMEOUT``.
     """
-    url = f"{config['management_address']}/models/{MODEL_NAME}"
     server_log, worker_log = log_folder / "torchserve.log", log_folder / "model_log.log"
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        try:
-            workers = requests.get(url, headers=authorisation("management"), timeout=5).json()[0]["workers"]
-            if any(worker["status"] == "READY" for worker in workers):
-                return
-        except (OSError, ValueError, LookupError):  # it does not listen yet, or does not know the model yet
-            pass
+        if has_ready_worker(config):
+            return
         server_lines = server_log.read_text(errors="replace")
         if WORKER_DIED.search(server_lines):
             why = WHY_IT_DIED.search(server_lines)
@@ -120,9 +135,15 @@ def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
         if str(archive.parent) not in server.cmdline():
             sys.exit(f"Another TorchServe is running (process {server.pid}): stop it with `torchserve --stop` first.")
         if PID_FILE.stat().st_mtime > max(archive.stat().st_mtime, config_path.stat().st_mtime):
-            wait_until_ready(config, log_folder)
-            print(f"TorchServe is running already (process {server.pid}).")
-            return
+            # A worker that has just died comes back by itself: this server is not ours to stop.
+            for _ in range(RECOVERY_TIMEOUT):
+                if has_ready_worker(config):
+                    print(f"TorchServe is running already (process {server.pid}).")
+                    return
+                time.sleep(1)
+            sys.exit(
+                f"TorchServe runs (process {server.pid}), but no worker is ready: look at its log, or `make stop`."
+            )
         stop()
     for host, port in ports(config):
         with socket.socket() as probe:

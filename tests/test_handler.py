@@ -102,11 +102,21 @@ def test_answers_are_typed_for_the_client(worker):
         {"body": THREE_DIGITS},
         {"data": bytearray(THREE_DIGITS)},
         {"speech_file": bytearray(THREE_DIGITS)},
-        {"language": None, "data": bytearray(THREE_DIGITS)},
+        {"language": bytearray(b"en"), "file": bytearray(THREE_DIGITS)},
+        {"data": bytearray(), "audio": bytearray(THREE_DIGITS), "note": None},
         {"body": base64.b64encode(THREE_DIGITS).decode()},
         {"body": {"data": base64.b64encode(THREE_DIGITS).decode()}},
     ],
-    ids=["bytearray", "bytes", "form field data", "form field of any name", "two fields", "base64 text", "json"],
+    ids=[
+        "bytearray",
+        "bytes",
+        "form field data",
+        "form field of any name",
+        "text field first",
+        "empty field first",
+        "base64 text",
+        "json",
+    ],
 )
 def test_audio_is_found_however_it_was_sent(worker, request_fields):
     assert worker.answer(request_fields) == [(200, TEXT)]
@@ -208,6 +218,13 @@ def test_pcm_at_16_khz_arrives_bit_for_bit(worker):
     assert np.array_equal(worker.handler._waveform(audio).numpy() * 32768, samples[0])
 
 
+@pytest.mark.parametrize(("container", "codec", "rate"), [("flac", "flac", 16_000), ("adts", "aac", 16_000)])
+def test_a_stream_may_change_its_channels_midway(worker, speech, container, codec, rate):
+    mono = resampled(speech, rate)
+    parts = [encode(samples, rate, container, codec) for samples in (mono, mono.repeat(2, axis=0))]
+    assert worker.transcribe(b"".join(parts)) == f"{TEXT} {TEXT}"
+
+
 def test_tags_in_an_old_encoding_are_no_obstacle(worker, speech):
     audio = encode(resampled(speech, 16_000), 16_000, "mp3", "mp3")
     latin = "M\u00fcller".encode("latin-1")
@@ -268,6 +285,23 @@ def test_audio_over_the_limit_gets_a_413(digits_pt):
     (status, body), short = worker.answer({"body": long}, {"body": encode(quiet_noise(1), 16_000, "wav", "pcm_s16le")})
     assert (status, body["type"], short) == (413, "AudioTooLong", (200, ""))
     assert "2 s" in body["message"]
+
+
+def test_a_small_file_that_claims_hours_is_refused_before_it_is_unpacked(worker, monkeypatch):
+    def resample(*_):
+        raise MemoryError
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="flac") as output:
+        stream = output.add_stream("flac", rate=8, layout="stereo", format="s16", options={"frame_size": "65535"})
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 65_535 * 2), np.int16), format="s16", layout="stereo")
+        frame.rate = 8
+        for part in (frame, None):
+            output.mux(stream.encode(part))
+    assert len(file.getvalue()) < 10_000
+    monkeypatch.setattr(av.AudioResampler, "resample", resample, raising=False)
+    [(status, body)] = worker.answer({"body": file.getvalue()})
+    assert (status, body["type"]) == (413, "AudioTooLong")
 
 
 def test_a_wider_beam_hears_the_samples_too(digits_pt):

@@ -32,13 +32,21 @@ class Server:
         # TorchServe keeps its pid file, its sockets and the unpacked archive there.
         self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
         ports = free_ports(5)
-        text = re.sub(r":80\d\d$", lambda _: f":{ports.pop()}", (ROOT / "config.properties").read_text(), flags=re.M)
+        text = re.sub(
+            r"(?<=_address=http://127.0.0.1):\d+$",
+            lambda _: f":{ports.pop()}",
+            (ROOT / "config.properties").read_text(),
+            flags=re.M,
+        )
         text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
         self.config.write_text(text)
         self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
         command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
         command += ["--serialized-file", model, "--handler", ROOT / "handler.py"]
-        command += ["--config-file", ROOT / "model-config.yaml", "--export-path", self.store]
+        # A batch of several requests is what the tests are after.
+        batching = re.sub(r"batchSize: \d+", "batchSize: 8", (ROOT / "model-config.yaml").read_text())
+        (folder / "model-config.yaml").write_text(batching)
+        command += ["--config-file", folder / "model-config.yaml", "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
     def serve(self, command: str) -> subprocess.CompletedProcess[str]:
@@ -173,6 +181,17 @@ def test_a_second_start_finds_the_server_running(server):
     again = server.serve("start")
     assert again.returncode == 0 and "running already" in again.stdout
     assert server.processes()[0].pid == before
+
+
+def test_a_start_while_a_killed_worker_recovers_leaves_the_server_alone(server):
+    torchserve, *workers = server.processes()
+    for process in workers:
+        process.kill()
+    psutil.wait_procs(workers)
+    again = server.serve("start")
+    assert again.returncode == 0 and "running already" in again.stdout
+    assert server.processes()[0] == torchserve
+    assert post(server, THREE_DIGITS).text == "four seven two"
 
 
 def test_stop_leaves_no_process_behind(new_server, digits_pt):
