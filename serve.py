@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 PID_FILE = Path(tempfile.gettempdir(), ".model_server.pid")
 MODEL_NAME = "emformer_asr"
 TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
-# The whole start, in seconds; the LibriSpeech model takes about half a minute on one core.
+# The whole start, in seconds: generous, because a large model loads slowly on a busy machine.
 START_TIMEOUT = 300
 # How long a server that runs already may be without a ready worker, in seconds.
 RECOVERY_TIMEOUT = 60
