@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS = {
     "beam_width": 1,  # hypotheses kept after each frame of the search
-    "num_threads": 1,  # torch threads of this worker: one a worker and one worker a core is fastest on CPU
+    "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 120,  # the encoder's time and memory still grow with the square of the length
 }
 
