@@ -1,13 +1,251 @@
 """The engine that is exported: RNN-T beam search over an Emformer encoder, as one scriptable module.
 
-``Decoder`` is a drop-in for ``torchaudio.models.RNNTBeamSearch``: same signatures, same tokens. It still
-computes as torchaudio does; what runs inside may change, what ``forward`` and ``infer`` return may not.
+``Decoder`` is a drop-in for ``torchaudio.models.RNNTBeamSearch``: same signatures, same tokens, in a time and
+a memory that grow with the length of the audio and not with its square. It takes a torchaudio ``RNNT`` and
+computes with its weights. From top to bottom:
+
+    features (T, 80) -> Encoder, window by window -> encodings -> Decoder._search -> hypotheses
+
+Sources: Emformer (Shi et al. 2021, arXiv 2010.10759) and RNN-T (Graves 2012, arXiv 1211.3711), both as
+torchaudio.models implements them; joining several frames at once is WIND (Xu et al. 2025, arXiv 2505.13765).
 """
 
+import math
+from typing import Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035 (TorchScript wants these)
+
 import torch
-from torchaudio.models import RNNT, Hypothesis, RNNTBeamSearch
+from torchaudio.models import RNNT, Hypothesis
 
 PRECISIONS = ("fp32", "bf16", "int8")
+
+# Segments (of 160 ms) that one call of the encoder takes: with 10 s of audio the weights are read seldom
+# enough, and what a layer computes still fits into a core's second-level cache.
+WINDOW_SEGMENTS = 64
+# Segments whose queries share one product in the attention: more are fewer products with more masked in them.
+BLOCK_SEGMENTS = 4
+# Rows (hypotheses x frames) that one call of the joiner takes: XNNPACK's widest kernel computes seven rows in
+# the time in which it reads the weights once.
+JOINER_ROWS = 7
+# Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
+MAX_TOKENS_PER_FRAME = 100
+
+
+class EncoderLayer(torch.nn.Module):
+    """One Emformer layer over blocks of segments.
+
+    Args:
+        layer (torchaudio.models.emformer._EmformerLayer): whose weights are used.
+        width (int): rows of a segment, right context included.
+        history (int): rows before a block that it may attend to.
+    """
+
+    def __init__(self, layer: torch.nn.Module, width: int, history: int) -> None:
+        super().__init__()
+        attention = layer.attention
+        self.width, self.history, self.num_heads = width, history, attention.num_heads
+        self.layer_norm_input = layer.layer_norm_input
+        self.query_key_value = stacked([attention.emb_to_query, attention.emb_to_key_value], dim=0)
+        self.out_proj = attention.out_proj
+        self.feed_forward = layer.pos_ff
+        self.layer_norm_output = layer.layer_norm_output
+
+    def forward(
+        self, rows: torch.Tensor, past: torch.Tensor, mask: torch.Tensor, block_segments: int
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Compute the layer for ``rows`` (N, R, D) after ``past`` (N, history, 2 D), keys and values.
+
+        Returns:
+            (Tensor, Tensor): (N, R, D) and the ``past`` of the rows that come next.
+        """
+        batch, count, dim = rows.shape
+        query, key_value = self.query_key_value(self.layer_norm_input(rows)).split([dim, 2 * dim], dim=2)
+        key_value = torch.cat([past, key_value], dim=1)  # (N, history + R, 2 D)
+        past = key_value[:, count:].clone()
+
+        # A block's keys and values are a slice of ``key_value`` that overlaps its neighbours': nothing is copied.
+        block = block_segments * self.width
+        missing = -count % block
+        if missing > 0:
+            query = torch.nn.functional.pad(query, (0, 0, 0, missing))
+            key_value = torch.nn.functional.pad(key_value, (0, 0, 0, missing))
+        heads = [self.num_heads, dim // self.num_heads]
+        query = query.reshape([-1, block] + heads).transpose(1, 2)  # (blocks, heads, block, d)
+        key_value = key_value.unfold(1, self.history + block, block)  # (N, blocks / N, 2 D, history + block)
+        key, value = key_value.reshape([-1, 2] + heads + [self.history + block]).transpose(3, 4).unbind(1)
+        attention = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attention = attention.transpose(1, 2).reshape(batch, count + missing, dim)[:, :count]
+
+        rows = rows + self.out_proj(attention)
+        rows = rows + self.feed_forward(rows)
+        return self.layer_norm_output(rows), past
+
+
+class Encoder(torch.nn.Module):
+    """torchaudio's Emformer encoder, computed segment by segment, many segments at once.
+
+    torchaudio's forward attends under one (T, T) mask. With no memory vectors, that mask lets segment i see its
+    own frames, its own copy of the right context, and ``left_context`` frames before it, in every layer, and
+    nothing else. So the layers' keys and values of the last ``history`` segments are all that segment i needs of
+    the past, and none of the future: segments can be computed in windows of any length, one after the other,
+    and the result is the masked one.
+
+    Here a segment is ``width`` consecutive rows: its frames, then its right context. Those of all utterances
+    stand behind each other in one stream, and a segment looks back no further than its own utterance's start.
+
+    Args:
+        encoder (torchaudio.models.rnnt._EmformerEncoder): whose weights are used.
+
+    Raises:
+        ValueError: the encoder has memory vectors.
+    """
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        emformer = encoder.transformer
+        if emformer.use_mem:
+            raise ValueError("An Emformer with memory vectors (max_memory_size > 0) is not supported.")
+        self.stride: int = encoder.time_reduction.stride  # feature frames in one encoder frame
+        self.segment: int = emformer.segment_length  # encoder frames
+        self.right_context: int = emformer.right_context_length
+        self.left_context: int = emformer.left_context_length
+        self.width: int = self.segment + self.right_context  # rows
+        self.history: int = -(-self.left_context // self.segment)  # segments that hold the left context
+        self.block_segments: int = BLOCK_SEGMENTS
+        self.input_linear = encoder.input_linear
+        self.layers = torch.nn.ModuleList(
+            EncoderLayer(layer, self.width, self.history * self.width) for layer in emformer.emformer_layers
+        )
+        self.output_linear = encoder.output_linear
+        self.layer_norm = encoder.layer_norm
+
+    def frames(self, features: torch.Tensor) -> int:
+        """Number of encoder frames that (T, 80) features, right context included, give."""
+        return max(features.size(0) // self.stride - self.right_context, 0)
+
+    def segments(self, features: torch.Tensor) -> int:
+        """Number of segments that (T, 80) features have; the last one may be shorter."""
+        return -(-self.frames(features) // self.segment)
+
+    def rows(self, features: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Input rows (S, width, D) of segments ``first`` to ``last`` - 1 of (T, 80) features."""
+        frames, begin = self.frames(features), first * self.segment
+        end = min(last * self.segment, frames) + self.right_context
+        taken = self.input_linear(features[begin * self.stride : end * self.stride])
+        taken = taken.reshape(end - begin, -1)  # (frames, D)
+        starts = torch.arange(first, last, device=features.device).unsqueeze(1) * self.segment
+        # A last segment that is shorter is filled up with rows that the mask hides.
+        own = starts + torch.arange(self.segment, device=features.device)
+        right = (starts + self.segment).clamp(max=frames) + torch.arange(self.right_context, device=features.device)
+        return taken[torch.cat([own.clamp(max=frames), right], dim=1) - begin]
+
+    def empty_past(self, batch: int) -> List[torch.Tensor]:
+        """The ``past`` of a stream that begins, for ``forward``."""
+        weight = self.layer_norm.weight
+        dim = self.layers[0].layer_norm_input.weight.size(0)
+        size = [batch, self.history * self.width, 2 * dim]
+        return [torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in self.layers]
+
+    def forward(
+        self, rows: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, past: List[torch.Tensor]
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Encode the next segments of each of N streams.
+
+        Args:
+            rows (Tensor): (N, S, width, D), from ``rows``.
+            index (Tensor): (N, S), the segment's number in its utterance.
+            lengths (Tensor): (N, S), the segment's number of frames.
+            past (list[Tensor]): each layer's keys and values of the segments before.
+
+        Returns:
+            (Tensor, list[Tensor]): (N, S * segment, D'), the encodings, and the new ``past``.
+        """
+        batch, segments, width, dim = rows.shape
+        block_segments = min(self.block_segments, segments)
+        mask = self._mask(index, lengths, block_segments).to(rows.dtype)
+        rows = rows.reshape(batch, segments * width, dim)
+        new_past: List[torch.Tensor] = []
+        for i, layer in enumerate(self.layers):
+            rows, layer_past = layer(rows, past[i], mask, block_segments)
+            new_past.append(layer_past)
+        encodings = rows.reshape(batch, segments, width, dim)[:, :, : self.segment].flatten(1, 2)
+        return self.layer_norm(self.output_linear(encodings)), new_past
+
+    def _mask(self, index: torch.Tensor, lengths: torch.Tensor, block_segments: int) -> torch.Tensor:
+        """What each block's queries may attend to: (blocks, 1, queries, keys), 0 or minus infinity."""
+        missing = -index.size(1) % block_segments
+        index = torch.nn.functional.pad(index, (0, missing)).reshape(-1, block_segments, 1, 1)
+        lengths = torch.nn.functional.pad(lengths, (0, missing)).reshape(-1, block_segments, 1, 1)
+        # What follows is (blocks, query segments, key segments, rows of a key segment).
+        keys = torch.arange(self.history + block_segments, device=index.device)
+        back = (keys[self.history :].unsqueeze(1) - keys).unsqueeze(2)  # segments from the key to the query
+        frame = torch.arange(self.segment, device=index.device)
+        left = (back > 0) & (back <= index) & (back * self.segment - frame <= self.left_context)
+        own = (back == 0) & (frame < lengths)
+        right = (back == 0).expand(left.size(0), -1, -1, self.right_context)
+        seen = torch.cat([left | own, right], dim=3).flatten(2)  # (blocks, query segments, keys)
+        mask = torch.zeros(seen.shape, device=index.device).masked_fill(~seen, float("-inf"))
+        return mask.unsqueeze(2).expand(-1, -1, self.width, -1).flatten(1, 2).unsqueeze(1)
+
+
+class LSTMLayer(torch.nn.Module):
+    """One step of torchaudio's ``_CustomLSTM``, both of its products in one."""
+
+    def __init__(self, lstm: torch.nn.Module) -> None:
+        super().__init__()
+        self.gates = stacked([lstm.x2g, lstm.p2g], dim=1)
+        self.gate_norm = lstm.g_norm
+        self.cell_norm = lstm.c_norm
+
+    def forward(self, input: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """From (n, D) and (n, 2, H), hidden and cell, to the next (n, 2, H)."""
+        hidden, cell = state.unbind(1)
+        gates = self.gate_norm(self.gates(torch.cat([input, hidden], dim=1)))
+        input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, 1)
+        cell = self.cell_norm(forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh())
+        return torch.stack([output_gate.sigmoid() * cell.tanh(), cell], dim=1)
+
+
+class Predictor(torch.nn.Module):
+    """torchaudio's ``_Predictor``, one token at a time, its state in one tensor."""
+
+    def __init__(self, predictor: torch.nn.Module) -> None:
+        super().__init__()
+        self.embedding = predictor.embedding
+        self.input_layer_norm = predictor.input_layer_norm
+        self.lstm_layers = torch.nn.ModuleList(LSTMLayer(lstm) for lstm in predictor.lstm_layers)
+        self.hidden_dim: int = predictor.lstm_layers[0].hidden_dim
+        self.linear = predictor.linear
+        self.output_layer_norm = predictor.output_layer_norm
+
+    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
+        output = self.input_layer_norm(self.embedding(tokens))
+        states: List[torch.Tensor] = []
+        for i, lstm in enumerate(self.lstm_layers):
+            states.append(lstm(output, state[:, i]))
+            output = states[-1][:, 0]
+        return self.output_layer_norm(self.linear(output)), torch.stack(states, dim=1)
+
+
+class Beam(NamedTuple):
+    """What the search carries from one window of encodings to the next, the best hypothesis first."""
+
+    hypotheses: List[Hypothesis]
+    frames: List[List[int]]  # of each hypothesis: the encoder frame at which each token was emitted
+    log_probs: List[List[float]]  # of each hypothesis: the log-probability of each token there
+    searched: int  # encoder frames so far
+
+
+class Path(NamedTuple):
+    """A hypothesis inside ``Decoder._search``."""
+
+    node: int  # in the prefix tree: equal nodes are equal token lists
+    trace: int  # its last emission
+    score: float
+    start: int  # the frame that the next three begin with
+    blank: List[float]  # of each frame: log-probability of blank
+    best: List[float]  # of each frame: log-probability of the best other token
+    log_probs: torch.Tensor  # (frames, vocabulary)
 
 
 class Decoder(torch.nn.Module):
@@ -16,33 +254,71 @@ class Decoder(torch.nn.Module):
     Args:
         model (torchaudio.models.RNNT): Emformer RNN-T, in evaluation mode.
         blank (int): index of the blank token; it is the last one of the vocabulary.
+
+    Raises:
+        ValueError: the model's encoder has memory vectors.
     """
 
     def __init__(self, model: RNNT, blank: int) -> None:
         super().__init__()
-        self.search = RNNTBeamSearch(model, blank)
-        # Feature frames that one encoder frame is made of.
-        self.stride: int = model.transcriber.time_reduction.stride
-        self.right_context: int = model.transcriber.transformer.right_context_length
-        self.max_beam_width: int = blank
+        self.encoder = Encoder(model.transcriber)
+        self.predictor = Predictor(model.predictor)
+        self.joiner = model.joiner.linear
+        self.activation = model.joiner.activation
+        self.blank = blank
+        # TorchScript sees attributes, not this file's constants.
+        self.window_segments: int = WINDOW_SEGMENTS
+        self.joiner_rows: int = JOINER_ROWS
+        self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
+        # Whether one call of the encoder may hold several utterances; see ``with_precision``.
+        self.packs = True
 
-    def forward(self, features: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
+    def forward(self, features: torch.Tensor, length: torch.Tensor, beam_width: int) -> List[Hypothesis]:
         """Transcribe one utterance.
 
         Args:
             features (Tensor): (T, 80) or (1, T, 80), right context included, as the bundle's extractor gives them.
-            length (Tensor): () or (1,), the number of frames.
+            length (Tensor): () or (1,), the number of frames; as in torchaudio, all of ``features`` is taken.
             beam_width (int): hypotheses kept after each frame; at most the number of non-blank tokens.
 
         Returns:
             list[Hypothesis]: the best first: (tokens with the leading blank, predictor output, predictor
             state, score), see ``torchaudio.models.RNNTBeamSearch``.
         """
-        beam_width = min(beam_width, self.max_beam_width)
-        # torchaudio's encoder fails on features that leave no encoder frame; nothing was said in them.
-        if features.size(-2) // self.stride <= self.right_context:
-            return self.search._init_b_hypos(features.device)
-        return self.search(features, length, beam_width)
+        return self.decode([self._checked(features, length)], beam_width)[0].hypotheses
+
+    @torch.jit.export
+    def decode(self, features: List[torch.Tensor], beam_width: int) -> List[Beam]:
+        """Transcribe many utterances of any lengths.
+
+        Args:
+            features (list[Tensor]): (T, 80) each, right context included.
+            beam_width (int): as in ``forward``.
+
+        Returns:
+            list[Beam]: one for each utterance.
+        """
+        # A window is a list of (utterance, its first segment in the window, its last + 1).
+        windows = [torch.jit.annotate(List[Tuple[int, int, int]], [])]
+        room = self.window_segments
+        for utterance in range(len(features)):
+            first, end = 0, self.encoder.segments(features[utterance])
+            while first < end:
+                last = min(first + room, end)
+                windows[-1].append((utterance, first, last))
+                room -= last - first
+                first = last
+                if room == 0 or (first == end and not self.packs):
+                    windows.append(torch.jit.annotate(List[Tuple[int, int, int]], []))
+                    room = self.window_segments
+        beams = [self._first_beam()] * len(features)
+        past = self.encoder.empty_past(1)
+        for window in windows:
+            if len(window) > 0:
+                encodings, past = self._encode(features, window, past)
+                for i, (utterance, _, _) in enumerate(window):
+                    beams[utterance] = self._search(encodings[i], beams[utterance], beam_width)
+        return beams
 
     @torch.jit.export
     def infer(
@@ -50,24 +326,296 @@ class Decoder(torch.nn.Module):
         features: torch.Tensor,
         length: torch.Tensor,
         beam_width: int,
-        state: list[list[torch.Tensor]] | None = None,
-        hypothesis: list[Hypothesis] | None = None,
-    ) -> tuple[list[Hypothesis], list[list[torch.Tensor]]]:
+        state: Optional[List[List[torch.Tensor]]] = None,
+        hypothesis: Optional[List[Hypothesis]] = None,
+    ) -> Tuple[List[Hypothesis], List[List[torch.Tensor]]]:
         """Transcribe one segment of a stream, going on from ``state`` and ``hypothesis``.
 
         Args:
             features (Tensor): (T, 80) or (1, T, 80): one segment (16 frames) and its right context (4 frames).
             length (Tensor): () or (1,), the number of frames.
             beam_width (int): as in ``forward``.
-            state (list[list[Tensor]] or None): the encoder's state after the segment before; it is not changed.
+            state (list[list[Tensor]] or None): what the call for the segment before returned; it is not changed.
             hypothesis (list[Hypothesis] or None): the hypotheses after the segment before.
 
         Returns:
-            (list[Hypothesis], list[list[Tensor]]): the hypotheses and the encoder's state after this segment.
+            (list[Hypothesis], list[list[Tensor]]): the hypotheses and the encoder's state after this segment: the
+            number of segments, then each layer's keys and values.
         """
-        if state is not None:  # torchaudio's encoder replaces the entries of the lists that it is given
-            state = [[part for part in layer] for layer in state]
-        return self.search.infer(features, length, min(beam_width, self.max_beam_width), state, hypothesis)
+        features = self._checked(features, length)
+        if features.size(0) // self.encoder.stride != self.encoder.width:
+            raise ValueError("features must hold one segment and its right context")
+        if state is None:
+            index, past = torch.zeros(1, 1, dtype=torch.int64, device=features.device), self.encoder.empty_past(1)
+        else:
+            index, past = state[0][0], [layer[0] for layer in state[1:]]
+        rows = self.encoder.rows(features, 0, 1).unsqueeze(0)
+        encodings, past = self.encoder(rows, index, torch.full_like(index, self.encoder.segment), past)
+        beam = self._first_beam() if hypothesis is None else beam_of(hypothesis)
+        beam = self._search(encodings[0], beam, beam_width)
+        return beam.hypotheses, [[index + 1]] + [[layer] for layer in past]
+
+    def _checked(self, features: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """(T, 80) of what ``forward`` or ``infer`` was given."""
+        if features.dim() != 2 and not (features.dim() == 3 and features.size(0) == 1):
+            raise ValueError("features must be of shape (T, D) or (1, T, D)")
+        if length.numel() != 1:
+            raise ValueError("length must be of shape () or (1,)")
+        return features if features.dim() == 2 else features[0]
+
+    def _encode(
+        self, features: List[torch.Tensor], window: List[Tuple[int, int, int]], past: List[torch.Tensor]
+    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """Encodings (frames, D) of each piece of ``window``, and the stream's new ``past``."""
+        encoder = self.encoder
+        rows = torch.cat([encoder.rows(features[utterance], first, last) for utterance, first, last in window])
+        index = torch.cat([torch.arange(first, last, device=rows.device) for _, first, last in window])
+        frames = torch.cat([torch.full([b - a], encoder.frames(features[u]), device=rows.device) for u, a, b in window])
+        lengths = (frames - index * encoder.segment).clamp(max=encoder.segment)
+        encodings, past = encoder(rows.unsqueeze(0), index.unsqueeze(0), lengths.unsqueeze(0), past)
+        pieces: List[torch.Tensor] = []
+        begin = 0
+        for utterance, first, last in window:
+            end = min(last * encoder.segment, encoder.frames(features[utterance]))
+            pieces.append(encodings[0, begin : begin + end - first * encoder.segment])
+            begin += (last - first) * encoder.segment
+        return pieces, past
+
+    def _first_beam(self) -> Beam:
+        """One hypothesis: no token but the leading blank."""
+        device, layers = self.predictor.embedding.weight.device, len(self.predictor.lstm_layers)
+        state = torch.zeros(1, layers, 2, self.predictor.hidden_dim, device=device)
+        output, state = self.predictor(torch.tensor([self.blank], device=device), state)
+        return beam_of([self._hypothesis([self.blank], output[0], state[0], 0.0)])
+
+    def _hypothesis(self, tokens: List[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
+        """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
+        return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
+
+    def _search(self, encodings: torch.Tensor, beam: Beam, beam_width: int) -> Beam:
+        """Go on from ``beam`` over (T, D) encodings, by ``RNNTBeamSearch``'s rules.
+
+        In a frame, every active path ends with blank; the best extensions of the active paths by a token that
+        beat the ``beam_width``-th best ended path become the active paths, until there is none.
+        """
+        beam_width = min(beam_width, self.blank)
+        # The prefix tree. A node is a token list; what the predictor makes of it depends on nothing else, so it
+        # is computed once a node, however many paths come by.
+        children: Dict[int, int] = {}  # node * vocabulary + token -> node
+        lengths: List[int] = []  # number of tokens, the leading blank included
+        outputs: List[torch.Tensor] = []  # predictor output (D,) and state (layers, 2, H); empty until needed
+        states: List[torch.Tensor] = []
+        # The emissions: one for each hypothesis of ``beam``, then each with the one before it.
+        before: List[int] = []
+        tokens: List[int] = []
+        frames: List[int] = []
+        log_probs: List[float] = []
+
+        common = self._common_length(beam.hypotheses)
+        nothing = torch.empty(0)
+        lengths.append(common)
+        outputs.append(nothing)
+        states.append(nothing)
+        paths: List[Path] = []
+        for hypothesis in beam.hypotheses:
+            node = 0
+            for token in hypothesis[0][common:]:
+                key = node * (self.blank + 1) + token
+                if key not in children:
+                    children[key] = len(lengths)
+                    lengths.append(lengths[node] + 1)
+                    outputs.append(nothing)
+                    states.append(nothing)
+                node = children[key]
+            outputs[node] = hypothesis[1][0]
+            states[node] = torch.stack([torch.cat(layer) for layer in hypothesis[2]])
+            paths.append(Path(node, len(before), float32(hypothesis[3]), 0, [], [], nothing))
+            before.append(-1)
+            tokens.append(-1)
+            frames.append(-1)
+            log_probs.append(0.0)
+
+        for t in range(encodings.size(0)):
+            active, ended = paths, torch.jit.annotate(List[Path], [])
+            position: Dict[int, int] = {}  # of a node in ``ended``
+            emitted = 0
+            while len(active) > 0:
+                active = self._joined(active, outputs, encodings, t)
+                for path in active:
+                    ending = extended(path, path.node, path.trace, float32(path.score + path.blank[t - path.start]))
+                    if path.node in position:  # the same tokens, emitted at other frames: their probabilities add up
+                        other = ended[position[path.node]]
+                        larger, smaller = max(ending.score, other.score), min(ending.score, other.score)
+                        trace = ending.trace if ending.score > other.score else other.trace
+                        score = float32(larger + math.log1p(math.exp(smaller - larger)))
+                        ended[position[path.node]] = extended(ending, path.node, trace, score)
+                    else:
+                        position[path.node] = len(ended)
+                        ended.append(ending)
+
+                if emitted == self.max_tokens_per_frame:
+                    break
+                emitted += 1
+                threshold = -math.inf
+                if len(ended) >= beam_width:
+                    scores = sorted([path.score for path in ended])
+                    threshold = scores[-beam_width]
+                # A path whose best token does not beat the threshold has none that does: most frames end here,
+                # without a look at the vocabulary.
+                growing = torch.jit.annotate(List[Path], [])
+                for path in active:
+                    if float32(path.score + path.best[t - path.start]) > threshold:
+                        growing.append(path)
+                if len(growing) == 0:
+                    break
+
+                vocabulary = torch.stack([path.log_probs[t - path.start] for path in growing])[:, : self.blank]
+                scores = torch.tensor([path.score for path in growing]).unsqueeze(1) + vocabulary
+                best, index = scores.flatten().topk(beam_width)
+                best_scores: List[float] = best.tolist()
+                best_index: List[int] = index.tolist()
+                best_log_probs: List[float] = vocabulary.flatten()[index].tolist()
+                extensions = torch.jit.annotate(List[Path], [])
+                new_nodes: List[int] = []
+                new_tokens: List[int] = []
+                parents: List[torch.Tensor] = []
+                for i, score in enumerate(best_scores):
+                    if score > threshold:
+                        path, token = growing[best_index[i] // self.blank], best_index[i] % self.blank
+                        key = path.node * (self.blank + 1) + token
+                        if key not in children:
+                            children[key] = len(lengths)
+                            lengths.append(lengths[path.node] + 1)
+                            outputs.append(nothing)
+                            states.append(nothing)
+                        node = children[key]
+                        if outputs[node].numel() == 0:
+                            new_nodes.append(node)
+                            new_tokens.append(token)
+                            parents.append(states[path.node])
+                        extensions.append(Path(node, len(before), score, t, [], [], nothing))
+                        before.append(path.trace)
+                        tokens.append(token)
+                        frames.append(beam.searched + t)
+                        log_probs.append(best_log_probs[i])
+                if len(new_nodes) > 0:
+                    new_tokens_tensor = torch.tensor(new_tokens, device=encodings.device)
+                    new_outputs, new_states = self.predictor(new_tokens_tensor, torch.stack(parents))
+                    for i, node in enumerate(new_nodes):
+                        outputs[node], states[node] = new_outputs[i], new_states[i]
+                active = extensions
+            paths = ended
+            if len(ended) > beam_width:
+                paths = self._best(ended, lengths, beam_width)
+
+        hypotheses: List[Hypothesis] = []
+        all_frames: List[List[int]] = []
+        all_log_probs: List[List[float]] = []
+        for path in self._best(paths, lengths, beam_width):
+            emissions: List[int] = []
+            emission = path.trace
+            while before[emission] >= 0:
+                emissions.append(emission)
+                emission = before[emission]
+            emissions.reverse()
+            hypothesis = beam.hypotheses[emission][0] + [tokens[i] for i in emissions]
+            hypotheses.append(self._hypothesis(hypothesis, outputs[path.node], states[path.node], path.score))
+            all_frames.append(beam.frames[emission] + [frames[i] for i in emissions])
+            all_log_probs.append(beam.log_probs[emission] + [log_probs[i] for i in emissions])
+        return Beam(hypotheses, all_frames, all_log_probs, beam.searched + encodings.size(0))
+
+    def _joined(self, paths: List[Path], outputs: List[torch.Tensor], encodings: torch.Tensor, t: int) -> List[Path]:
+        """``paths``, each with its log-probabilities for frame ``t``.
+
+        They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
+        same product and keeps them for as long as it lives.
+        """
+        missing: List[torch.Tensor] = []
+        for path in paths:
+            if t >= path.start + len(path.blank):
+                missing.append(outputs[path.node])
+        if len(missing) == 0:
+            return paths
+        source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
+        target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
+        log_probs = torch.log_softmax(self.joiner(self.activation(source + target)), dim=2).cpu()  # (paths, W, V)
+        blank: List[List[float]] = log_probs[:, :, self.blank].tolist()
+        best: List[List[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
+        joined: List[Path] = []
+        row = 0
+        for path in paths:
+            if t >= path.start + len(path.blank):
+                joined.append(Path(path.node, path.trace, path.score, t, blank[row], best[row], log_probs[row]))
+                row += 1
+            else:
+                joined.append(path)
+        return joined
+
+    def _best(self, paths: List[Path], lengths: List[int], beam_width: int) -> List[Path]:
+        """The ``beam_width`` best paths by score for their length, the best first."""
+        scores = torch.tensor([path.score / (lengths[path.node] + 1) for path in paths])
+        order: List[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
+        return [paths[i] for i in order]
+
+    def _common_length(self, hypotheses: List[Hypothesis]) -> int:
+        """Number of leading tokens that all hypotheses share, or fewer."""
+        shortest = min([len(hypothesis[0]) for hypothesis in hypotheses])
+        common, back = shortest, 1
+        while any([hypothesis[0][:common] != hypotheses[0][0][:common] for hypothesis in hypotheses]):
+            common, back = max(shortest - back, 0), back * 2
+        return common
+
+
+def beam_of(hypotheses: List[Hypothesis]) -> Beam:
+    """A beam that begins with ``hypotheses``; where their tokens were emitted is not known."""
+    frames = [torch.jit.annotate(List[int], []) for _ in hypotheses]
+    log_probs = [torch.jit.annotate(List[float], []) for _ in hypotheses]
+    return Beam(hypotheses, frames, log_probs, 0)
+
+
+def extended(path: Path, node: int, trace: int, score: float) -> Path:
+    """``path`` with another node, emission and score."""
+    return Path(node, trace, score, path.start, path.blank, path.best, path.log_probs)
+
+
+def float32(number: float) -> float:
+    """Round to single precision, as ``RNNTBeamSearch`` does with every score (Dekker 1971, Veltkamp's splitting)."""
+    scaled = 536870913.0 * number  # 2 ** 29 + 1: double has 29 bits more than single
+    return scaled - (scaled - number)
+
+
+def stacked(linears: List[torch.nn.Linear], dim: int) -> torch.nn.Linear:
+    """One linear layer for several: of the same input (``dim`` 0), or of inputs whose outputs are added (1)."""
+    weight = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    one = torch.nn.Linear(weight.size(1), weight.size(0), bias=len(biases) > 0)
+    one.weight.data = weight
+    if biases:
+        one.bias.data = torch.cat(biases) if dim == 0 else torch.stack(biases).sum(0)
+    return one
+
+
+class PackedLinear(torch.nn.Module):
+    """A float32 linear layer that XNNPACK computes on a CPU.
+
+    For many rows it is as fast as oneDNN, for the few rows of the search several times faster than MKL, and a
+    row's result does not depend on what other rows share the call.
+    """
+
+    packed: List[torch.classes.xnnpack.LinearOpContext]
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.packed = []
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return torch.nn.functional.linear(input, self.weight, self.bias)
+        if len(self.packed) == 0:  # here and not before, because the weights are loaded onto any device
+            self.packed.append(torch.ops.prepacked.linear_clamp_prepack(self.weight, self.bias, None, None))
+        return torch.ops.prepacked.linear_clamp_run(input, self.packed[0])
 
 
 class BFloat16Linear(torch.nn.Module):
@@ -82,27 +630,31 @@ class BFloat16Linear(torch.nn.Module):
         return torch.nn.functional.linear(input.to(self.weight.dtype), self.weight, self.bias).to(input.dtype)
 
 
-def with_precision(model: RNNT, precision: str) -> RNNT:
-    """Convert the linear layers of ``model``, in place where it can be.
+def with_precision(decoder: Decoder, precision: str) -> Decoder:
+    """Convert the linear layers of ``decoder``, the predictor's LSTM included, in place where it can be.
 
     Args:
-        model (torchaudio.models.RNNT): float32 model in evaluation mode.
+        decoder (Decoder): in evaluation mode.
         precision (str): ``fp32``, ``bf16`` (bfloat16 weights and products) or ``int8`` (dynamic quantization:
             int8 weights per channel, one activation scale a call).
 
     Returns:
-        RNNT: the model; everything but the linear layers stays float32.
+        Decoder: the engine; everything but the linear layers stays float32.
     """
+    # What shares a call with an int8 row changes its scale and so its result, and bfloat16 rounds whatever small
+    # difference a product of another size makes: there, a call holds one utterance, so that it gives the same
+    # result alone and in a batch.
+    decoder.packs = precision == "fp32"
     if precision == "int8":
         per_channel = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-        return torch.ao.quantization.quantize_dynamic(model, per_channel)
-    if precision == "bf16":
-        linears = [
-            (parent, name, child)
-            for parent in model.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, torch.nn.Linear)
-        ]
-        for parent, name, child in linears:
-            setattr(parent, name, BFloat16Linear(child))
-    return model
+        return torch.ao.quantization.quantize_dynamic(decoder, per_channel)
+    wrapper = BFloat16Linear if precision == "bf16" else PackedLinear
+    linears = [
+        (parent, name, child)
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, torch.nn.Linear)
+    ]
+    for parent, name, child in linears:
+        setattr(parent, name, wrapper(child))
+    return decoder
