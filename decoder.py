@@ -11,16 +11,16 @@ torchaudio.models implements them; joining several frames at once is WIND (Xu et
 """
 
 import math
-from typing import Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035 (TorchScript wants these)
+from typing import NamedTuple
 
 import torch
 from torchaudio.models import RNNT, Hypothesis
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
-# Segments (of 160 ms) that one call of the encoder takes: with 10 s of audio the weights are read seldom
-# enough, and what a layer computes still fits into a core's second-level cache.
-WINDOW_SEGMENTS = 64
+# Segments (of 160 ms) that one call of the encoder takes at most. With 5 to 15 s of audio in a call the weights
+# are read seldom enough; more costs memory and gains nothing (benchmarks/engine.py --windows).
+WINDOW_SEGMENTS = 96
 # Segments whose queries share one product in the attention: more are fewer products with more masked in them.
 BLOCK_SEGMENTS = 4
 # Rows (hypotheses x frames) that one call of the joiner takes: XNNPACK's widest kernel computes seven rows in
@@ -51,7 +51,7 @@ class EncoderLayer(torch.nn.Module):
 
     def forward(
         self, rows: torch.Tensor, past: torch.Tensor, mask: torch.Tensor, block_segments: int
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the layer for ``rows`` (N, R, D) after ``past`` (N, history, 2 D), keys and values.
 
         Returns:
@@ -68,10 +68,10 @@ class EncoderLayer(torch.nn.Module):
         if missing > 0:
             query = torch.nn.functional.pad(query, (0, 0, 0, missing))
             key_value = torch.nn.functional.pad(key_value, (0, 0, 0, missing))
-        heads = [self.num_heads, dim // self.num_heads]
-        query = query.reshape([-1, block] + heads).transpose(1, 2)  # (blocks, heads, block, d)
-        key_value = key_value.unfold(1, self.history + block, block)  # (N, blocks / N, 2 D, history + block)
-        key, value = key_value.reshape([-1, 2] + heads + [self.history + block]).transpose(3, 4).unbind(1)
+        heads, keys = self.num_heads, self.history + block
+        query = query.reshape(-1, block, heads, dim // heads).transpose(1, 2)  # (blocks, heads, block, d)
+        key_value = key_value.unfold(1, keys, block)  # (N, blocks / N, 2 D, keys)
+        key, value = key_value.reshape(-1, 2, heads, dim // heads, keys).transpose(3, 4).unbind(1)
         attention = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attention = attention.transpose(1, 2).reshape(batch, count + missing, dim)[:, :count]
 
@@ -138,7 +138,7 @@ class Encoder(torch.nn.Module):
         right = (starts + self.segment).clamp(max=frames) + torch.arange(self.right_context, device=features.device)
         return taken[torch.cat([own.clamp(max=frames), right], dim=1) - begin]
 
-    def empty_past(self, batch: int) -> List[torch.Tensor]:
+    def empty_past(self, batch: int) -> list[torch.Tensor]:
         """The ``past`` of a stream that begins, for ``forward``."""
         weight = self.layer_norm.weight
         dim = self.layers[0].layer_norm_input.weight.size(0)
@@ -146,8 +146,8 @@ class Encoder(torch.nn.Module):
         return [torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in self.layers]
 
     def forward(
-        self, rows: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, past: List[torch.Tensor]
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        self, rows: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Encode the next segments of each of N streams.
 
         Args:
@@ -163,7 +163,7 @@ class Encoder(torch.nn.Module):
         block_segments = min(self.block_segments, segments)
         mask = self._mask(index, lengths, block_segments).to(rows.dtype)
         rows = rows.reshape(batch, segments * width, dim)
-        new_past: List[torch.Tensor] = []
+        new_past: list[torch.Tensor] = []
         for i, layer in enumerate(self.layers):
             rows, layer_past = layer(rows, past[i], mask, block_segments)
             new_past.append(layer_past)
@@ -217,10 +217,10 @@ class Predictor(torch.nn.Module):
         self.linear = predictor.linear
         self.output_layer_norm = predictor.output_layer_norm
 
-    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
         output = self.input_layer_norm(self.embedding(tokens))
-        states: List[torch.Tensor] = []
+        states: list[torch.Tensor] = []
         for i, lstm in enumerate(self.lstm_layers):
             states.append(lstm(output, state[:, i]))
             output = states[-1][:, 0]
@@ -230,9 +230,9 @@ class Predictor(torch.nn.Module):
 class Beam(NamedTuple):
     """What the search carries from one window of encodings to the next, the best hypothesis first."""
 
-    hypotheses: List[Hypothesis]
-    frames: List[List[int]]  # of each hypothesis: the encoder frame at which each token was emitted
-    log_probs: List[List[float]]  # of each hypothesis: the log-probability of each token there
+    hypotheses: list[Hypothesis]
+    frames: list[list[int]]  # of each hypothesis: the encoder frame at which each token was emitted
+    log_probs: list[list[float]]  # of each hypothesis: the log-probability of each token there
     searched: int  # encoder frames so far
 
 
@@ -243,8 +243,8 @@ class Path(NamedTuple):
     trace: int  # its last emission
     score: float
     start: int  # the frame that the next three begin with
-    blank: List[float]  # of each frame: log-probability of blank
-    best: List[float]  # of each frame: log-probability of the best other token
+    blank: list[float]  # of each frame: log-probability of blank
+    best: list[float]  # of each frame: log-probability of the best other token
     log_probs: torch.Tensor  # (frames, vocabulary)
 
 
@@ -273,7 +273,7 @@ class Decoder(torch.nn.Module):
         # Whether one call of the encoder may hold several utterances; see ``with_precision``.
         self.packs = True
 
-    def forward(self, features: torch.Tensor, length: torch.Tensor, beam_width: int) -> List[Hypothesis]:
+    def forward(self, features: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
         """Transcribe one utterance.
 
         Args:
@@ -288,7 +288,7 @@ class Decoder(torch.nn.Module):
         return self.decode([self._checked(features, length)], beam_width)[0].hypotheses
 
     @torch.jit.export
-    def decode(self, features: List[torch.Tensor], beam_width: int) -> List[Beam]:
+    def decode(self, features: list[torch.Tensor], beam_width: int) -> list[Beam]:
         """Transcribe many utterances of any lengths.
 
         Args:
@@ -298,26 +298,12 @@ class Decoder(torch.nn.Module):
         Returns:
             list[Beam]: one for each utterance.
         """
-        # A window is a list of (utterance, its first segment in the window, its last + 1).
-        windows = [torch.jit.annotate(List[Tuple[int, int, int]], [])]
-        room = self.window_segments
-        for utterance in range(len(features)):
-            first, end = 0, self.encoder.segments(features[utterance])
-            while first < end:
-                last = min(first + room, end)
-                windows[-1].append((utterance, first, last))
-                room -= last - first
-                first = last
-                if room == 0 or (first == end and not self.packs):
-                    windows.append(torch.jit.annotate(List[Tuple[int, int, int]], []))
-                    room = self.window_segments
         beams = [self._first_beam()] * len(features)
         past = self.encoder.empty_past(1)
-        for window in windows:
-            if len(window) > 0:
-                encodings, past = self._encode(features, window, past)
-                for i, (utterance, _, _) in enumerate(window):
-                    beams[utterance] = self._search(encodings[i], beams[utterance], beam_width)
+        for window in self._windows([self.encoder.segments(utterance) for utterance in features]):
+            encodings, past = self._encode(features, window, past)
+            for i, (utterance, _, _) in enumerate(window):
+                beams[utterance] = self._search(encodings[i], beams[utterance], beam_width)
         return beams
 
     @torch.jit.export
@@ -326,9 +312,9 @@ class Decoder(torch.nn.Module):
         features: torch.Tensor,
         length: torch.Tensor,
         beam_width: int,
-        state: Optional[List[List[torch.Tensor]]] = None,
-        hypothesis: Optional[List[Hypothesis]] = None,
-    ) -> Tuple[List[Hypothesis], List[List[torch.Tensor]]]:
+        state: list[list[torch.Tensor]] | None = None,
+        hypothesis: list[Hypothesis] | None = None,
+    ) -> tuple[list[Hypothesis], list[list[torch.Tensor]]]:
         """Transcribe one segment of a stream, going on from ``state`` and ``hypothesis``.
 
         Args:
@@ -363,9 +349,34 @@ class Decoder(torch.nn.Module):
             raise ValueError("length must be of shape () or (1,)")
         return features if features.dim() == 2 else features[0]
 
+    def _windows(self, segments: list[int]) -> list[list[tuple[int, int, int]]]:
+        """Share utterances of these many segments out to windows of about one size.
+
+        Returns:
+            list[list[(int, int, int)]]: for each window its pieces: the utterance, its first segment in the
+            window, its last + 1.
+        """
+        windows = torch.jit.annotate(list[list[tuple[int, int, int]]], [])
+        everything = list(range(len(segments)))
+        for stream in [everything] if self.packs else [[utterance] for utterance in everything]:
+            total = sum([segments[utterance] for utterance in stream])
+            size = -(-total // max(-(-total // self.window_segments), 1))
+            room = 0
+            for utterance in stream:
+                first = 0
+                while first < segments[utterance]:
+                    if room == 0:
+                        windows.append(torch.jit.annotate(list[tuple[int, int, int]], []))
+                        room = size
+                    last = min(first + room, segments[utterance])
+                    windows[-1].append((utterance, first, last))
+                    room -= last - first
+                    first = last
+        return windows
+
     def _encode(
-        self, features: List[torch.Tensor], window: List[Tuple[int, int, int]], past: List[torch.Tensor]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        self, features: list[torch.Tensor], window: list[tuple[int, int, int]], past: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Encodings (frames, D) of each piece of ``window``, and the stream's new ``past``."""
         encoder = self.encoder
         rows = torch.cat([encoder.rows(features[utterance], first, last) for utterance, first, last in window])
@@ -373,7 +384,7 @@ class Decoder(torch.nn.Module):
         frames = torch.cat([torch.full([b - a], encoder.frames(features[u]), device=rows.device) for u, a, b in window])
         lengths = (frames - index * encoder.segment).clamp(max=encoder.segment)
         encodings, past = encoder(rows.unsqueeze(0), index.unsqueeze(0), lengths.unsqueeze(0), past)
-        pieces: List[torch.Tensor] = []
+        pieces: list[torch.Tensor] = []
         begin = 0
         for utterance, first, last in window:
             end = min(last * encoder.segment, encoder.frames(features[utterance]))
@@ -388,7 +399,7 @@ class Decoder(torch.nn.Module):
         output, state = self.predictor(torch.tensor([self.blank], device=device), state)
         return beam_of([self._hypothesis([self.blank], output[0], state[0], 0.0)])
 
-    def _hypothesis(self, tokens: List[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
+    def _hypothesis(self, tokens: list[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
         """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
         return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
 
@@ -401,22 +412,22 @@ class Decoder(torch.nn.Module):
         beam_width = min(beam_width, self.blank)
         # The prefix tree. A node is a token list; what the predictor makes of it depends on nothing else, so it
         # is computed once a node, however many paths come by.
-        children: Dict[int, int] = {}  # node * vocabulary + token -> node
-        lengths: List[int] = []  # number of tokens, the leading blank included
-        outputs: List[torch.Tensor] = []  # predictor output (D,) and state (layers, 2, H); empty until needed
-        states: List[torch.Tensor] = []
+        children: dict[int, int] = {}  # node * vocabulary + token -> node
+        lengths: list[int] = []  # number of tokens, the leading blank included
+        outputs: list[torch.Tensor] = []  # predictor output (D,) and state (layers, 2, H); empty until needed
+        states: list[torch.Tensor] = []
         # The emissions: one for each hypothesis of ``beam``, then each with the one before it.
-        before: List[int] = []
-        tokens: List[int] = []
-        frames: List[int] = []
-        log_probs: List[float] = []
+        before: list[int] = []
+        tokens: list[int] = []
+        frames: list[int] = []
+        log_probs: list[float] = []
 
         common = self._common_length(beam.hypotheses)
         nothing = torch.empty(0)
         lengths.append(common)
         outputs.append(nothing)
         states.append(nothing)
-        paths: List[Path] = []
+        paths: list[Path] = []
         for hypothesis in beam.hypotheses:
             node = 0
             for token in hypothesis[0][common:]:
@@ -436,8 +447,8 @@ class Decoder(torch.nn.Module):
             log_probs.append(0.0)
 
         for t in range(encodings.size(0)):
-            active, ended = paths, torch.jit.annotate(List[Path], [])
-            position: Dict[int, int] = {}  # of a node in ``ended``
+            active, ended = paths, torch.jit.annotate(list[Path], [])
+            position: dict[int, int] = {}  # of a node in ``ended``
             emitted = 0
             while len(active) > 0:
                 active = self._joined(active, outputs, encodings, t)
@@ -462,7 +473,7 @@ class Decoder(torch.nn.Module):
                     threshold = scores[-beam_width]
                 # A path whose best token does not beat the threshold has none that does: most frames end here,
                 # without a look at the vocabulary.
-                growing = torch.jit.annotate(List[Path], [])
+                growing = torch.jit.annotate(list[Path], [])
                 for path in active:
                     if float32(path.score + path.best[t - path.start]) > threshold:
                         growing.append(path)
@@ -472,13 +483,13 @@ class Decoder(torch.nn.Module):
                 vocabulary = torch.stack([path.log_probs[t - path.start] for path in growing])[:, : self.blank]
                 scores = torch.tensor([path.score for path in growing]).unsqueeze(1) + vocabulary
                 best, index = scores.flatten().topk(beam_width)
-                best_scores: List[float] = best.tolist()
-                best_index: List[int] = index.tolist()
-                best_log_probs: List[float] = vocabulary.flatten()[index].tolist()
-                extensions = torch.jit.annotate(List[Path], [])
-                new_nodes: List[int] = []
-                new_tokens: List[int] = []
-                parents: List[torch.Tensor] = []
+                best_scores: list[float] = best.tolist()
+                best_index: list[int] = index.tolist()
+                best_log_probs: list[float] = vocabulary.flatten()[index].tolist()
+                extensions = torch.jit.annotate(list[Path], [])
+                new_nodes: list[int] = []
+                new_tokens: list[int] = []
+                parents: list[torch.Tensor] = []
                 for i, score in enumerate(best_scores):
                     if score > threshold:
                         path, token = growing[best_index[i] // self.blank], best_index[i] % self.blank
@@ -508,11 +519,11 @@ class Decoder(torch.nn.Module):
             if len(ended) > beam_width:
                 paths = self._best(ended, lengths, beam_width)
 
-        hypotheses: List[Hypothesis] = []
-        all_frames: List[List[int]] = []
-        all_log_probs: List[List[float]] = []
+        hypotheses: list[Hypothesis] = []
+        all_frames: list[list[int]] = []
+        all_log_probs: list[list[float]] = []
         for path in self._best(paths, lengths, beam_width):
-            emissions: List[int] = []
+            emissions: list[int] = []
             emission = path.trace
             while before[emission] >= 0:
                 emissions.append(emission)
@@ -524,13 +535,13 @@ class Decoder(torch.nn.Module):
             all_log_probs.append(beam.log_probs[emission] + [log_probs[i] for i in emissions])
         return Beam(hypotheses, all_frames, all_log_probs, beam.searched + encodings.size(0))
 
-    def _joined(self, paths: List[Path], outputs: List[torch.Tensor], encodings: torch.Tensor, t: int) -> List[Path]:
+    def _joined(self, paths: list[Path], outputs: list[torch.Tensor], encodings: torch.Tensor, t: int) -> list[Path]:
         """``paths``, each with its log-probabilities for frame ``t``.
 
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
         same product and keeps them for as long as it lives.
         """
-        missing: List[torch.Tensor] = []
+        missing: list[torch.Tensor] = []
         for path in paths:
             if t >= path.start + len(path.blank):
                 missing.append(outputs[path.node])
@@ -539,9 +550,9 @@ class Decoder(torch.nn.Module):
         source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
         target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
         log_probs = torch.log_softmax(self.joiner(self.activation(source + target)), dim=2).cpu()  # (paths, W, V)
-        blank: List[List[float]] = log_probs[:, :, self.blank].tolist()
-        best: List[List[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
-        joined: List[Path] = []
+        blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
+        best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
+        joined: list[Path] = []
         row = 0
         for path in paths:
             if t >= path.start + len(path.blank):
@@ -551,13 +562,13 @@ class Decoder(torch.nn.Module):
                 joined.append(path)
         return joined
 
-    def _best(self, paths: List[Path], lengths: List[int], beam_width: int) -> List[Path]:
+    def _best(self, paths: list[Path], lengths: list[int], beam_width: int) -> list[Path]:
         """The ``beam_width`` best paths by score for their length, the best first."""
         scores = torch.tensor([path.score / (lengths[path.node] + 1) for path in paths])
-        order: List[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
+        order: list[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
         return [paths[i] for i in order]
 
-    def _common_length(self, hypotheses: List[Hypothesis]) -> int:
+    def _common_length(self, hypotheses: list[Hypothesis]) -> int:
         """Number of leading tokens that all hypotheses share, or fewer."""
         shortest = min([len(hypothesis[0]) for hypothesis in hypotheses])
         common, back = shortest, 1
@@ -566,10 +577,10 @@ class Decoder(torch.nn.Module):
         return common
 
 
-def beam_of(hypotheses: List[Hypothesis]) -> Beam:
+def beam_of(hypotheses: list[Hypothesis]) -> Beam:
     """A beam that begins with ``hypotheses``; where their tokens were emitted is not known."""
-    frames = [torch.jit.annotate(List[int], []) for _ in hypotheses]
-    log_probs = [torch.jit.annotate(List[float], []) for _ in hypotheses]
+    frames = [torch.jit.annotate(list[int], []) for _ in hypotheses]
+    log_probs = [torch.jit.annotate(list[float], []) for _ in hypotheses]
     return Beam(hypotheses, frames, log_probs, 0)
 
 
@@ -584,7 +595,7 @@ def float32(number: float) -> float:
     return scaled - (scaled - number)
 
 
-def stacked(linears: List[torch.nn.Linear], dim: int) -> torch.nn.Linear:
+def stacked(linears: list[torch.nn.Linear], dim: int) -> torch.nn.Linear:
     """One linear layer for several: of the same input (``dim`` 0), or of inputs whose outputs are added (1)."""
     weight = torch.cat([linear.weight.detach() for linear in linears], dim=dim)
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
@@ -602,7 +613,7 @@ class PackedLinear(torch.nn.Module):
     row's result does not depend on what other rows share the call.
     """
 
-    packed: List[torch.classes.xnnpack.LinearOpContext]
+    packed: list[torch.classes.xnnpack.LinearOpContext]
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()

@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 DEFAULTS = {
     "beam_width": 1,  # hypotheses kept after each frame of the search
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
-    "max_audio_seconds": 120,  # the encoder's time and memory still grow with the square of the length
+    "max_audio_seconds": 3600,  # longer audio is refused
 }
+# A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
+MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
 
 # FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no other protocol.
 FFMPEG_OPTIONS = {
@@ -40,6 +42,8 @@ SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, We
 
 # What export_model.py puts into the model file.
 EXTRA_FILES = ("metadata.json", "global_stats.json", "tokenizer.model")
+# Features are extracted in pieces of this many hops (one minute): the spectrum of an hour would take a gigabyte.
+PIECE_HOPS = 6000
 # Runs before the first request: TorchScript profiles the first two calls and optimises on the third.
 WARM_UP_RUNS = 4
 
@@ -87,6 +91,9 @@ class ModelHandler:
         self.model = torch.jit.load(str(model_path), map_location=self.device, _extra_files=files).eval()
         self._build_processors(files)
         metadata = json.loads(files["metadata.json"] or "{}")
+        if not hasattr(self.model, "decode"):
+            limits = (self.settings["max_audio_seconds"], MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE)
+            self.settings["max_audio_seconds"] = min(limits)
         logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
 
         self._warm_up()
@@ -118,16 +125,19 @@ class ModelHandler:
             self.extract_features = bundle.get_feature_extractor()
             self.tokens_to_text = bundle.get_token_processor()
         self.sample_rate = bundle.sample_rate
+        self.hop_samples = bundle.hop_length
+        self.window_samples = bundle.n_fft
         self.segment_samples = bundle.segment_length * bundle.hop_length
 
     def _warm_up(self) -> None:
         """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""
         generator = torch.Generator().manual_seed(0)
         for run in range(WARM_UP_RUNS):
-            self._transcribe(torch.randn((run + 1) * self.sample_rate, generator=generator) * 0.1)
+            waveform = torch.randn((run + 1) * self.sample_rate, generator=generator) * 0.1
+            self._tokens([self._features(waveform)])
 
     def handle(self, data: list[dict], context) -> list[str | dict]:
-        """Answer a batch of requests.
+        """Answer a batch of requests; nothing that is wrong with one of them reaches the others.
 
         Args:
             data (list[dict]): one dict a request, field name to content; a raw body is the field ``body``.
@@ -137,28 +147,33 @@ class ModelHandler:
             list[str | dict]: in the order of ``data``, a transcript each, or for a request that cannot be
             answered an object with ``code``, ``type`` and ``message``, sent with that HTTP status.
         """
-        return [self._answer(request, index, context) for index, request in enumerate(data)]
-
-    def _answer(self, request: dict, index: int, context) -> str | dict:
-        """Answer one request of a batch; nothing that is wrong with it reaches the others."""
         started = time.perf_counter()
-        try:
-            waveform = self._waveform(self._audio_bytes(request))
-            text = self._transcribe(waveform)
-        except self.RequestError as error:
-            return self._error(index, context, *error.args)
-        except Exception:
-            logger.exception("Request %d of the batch failed", index)
-            message = "The server failed on this request; its log says why. The audio may be sent again."
-            return self._error(index, context, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalError", message)
-        seconds = len(waveform) / self.sample_rate
-        logger.info("Transcribed %.2f s of audio in %.3f s", seconds, time.perf_counter() - started)
-        context.set_response_content_type(index, "text/plain; charset=utf-8")
-        return text
+        answers: list[str | dict] = [{}] * len(data)
+        features = {}  # by place in the batch: of those requests whose audio can be read
+        for index, request in enumerate(data):
+            try:
+                features[index] = self._features(self._waveform(self._audio_bytes(request)))
+            except Exception as error:
+                answers[index] = self._error(index, context, error)
+        for index, text in zip(features, self._transcribe([*features.values()]), strict=True):
+            if isinstance(text, Exception):
+                answers[index] = self._error(index, context, text)
+            else:
+                context.set_response_content_type(index, "text/plain; charset=utf-8")
+                answers[index] = text
+        seconds = sum(map(len, features.values())) * self.hop_samples / self.sample_rate
+        elapsed = time.perf_counter() - started
+        logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, elapsed)
+        return answers
 
-    @staticmethod
-    def _error(index: int, context, status: HTTPStatus, kind: str, message: str) -> dict:
+    def _error(self, index: int, context, error: Exception) -> dict:
         """Set one request's HTTP status; returns the object that TorchServe sends as its JSON body."""
+        if isinstance(error, self.RequestError):
+            status, kind, message = error.args
+        else:
+            logger.error("Request %d of the batch failed", index, exc_info=error)
+            status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "InternalError"
+            message = "The server failed on this request; its log says why. The audio may be sent again."
         context.set_response_status(status.value, status.phrase, index)
         context.set_response_content_type(index, "application/json")
         return {"code": status.value, "type": kind, "message": message}
@@ -252,8 +267,8 @@ class ModelHandler:
         if resampler:
             yield from resampler.resample(None)
 
-    def _transcribe(self, waveform: torch.Tensor) -> str:
-        """Transcribe (samples,) at ``self.sample_rate``.
+    def _features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Features (T, 80) of a waveform (samples,) at ``self.sample_rate``, in bounded memory.
 
         Raises:
             RequestError: the samples are not finite, or too large to be squared.
@@ -261,11 +276,40 @@ class ModelHandler:
         missing = self.segment_samples - len(waveform)
         if missing > 0:  # the extractor and the encoder need one segment; silence says nothing
             waveform = torch.nn.functional.pad(waveform, (0, missing))
+        # The extractor centres a frame on every hop and mirrors the samples at both ends of what it is given. A
+        # piece gets as many hops more on either side as half a window covers, and its mirrored frames are dropped:
+        # what remains are the frames of the whole.
+        margin = -(-self.window_samples // 2 // self.hop_samples)  # hops
+        last = len(waveform) // self.hop_samples  # frame
+        pieces = []
         with torch.inference_mode():
-            features, length = self.extract_features(waveform)  # (T, 80), (1,)
-            if not features.isfinite().all():  # it would spoil every score of the search
-                message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
-                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-            hypotheses = self.model(features.to(self.device), length.to(self.device), self.settings["beam_width"])
-        tokens = hypotheses[0][0]
-        return self.tokens_to_text(tokens)
+            for first in range(0, last + 1, PIECE_HOPS):
+                begin, end = max(first - margin, 0), first + PIECE_HOPS + margin
+                piece, _ = self.extract_features(waveform[begin * self.hop_samples : end * self.hop_samples])
+                # The last piece keeps the frames of right context that the extractor puts behind everything.
+                stop = None if first + PIECE_HOPS > last else first - begin + PIECE_HOPS
+                pieces.append(piece[first - begin : stop])
+            features = torch.cat(pieces)
+        if not features.isfinite().all():  # it would spoil every score of the search
+            message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+        return features
+
+    def _tokens(self, features: list[torch.Tensor]) -> list[list[int]]:
+        """Tokens of the best hypothesis for each of ``features`` (T, 80)."""
+        features = [utterance.to(self.device) for utterance in features]
+        beam_width = self.settings["beam_width"]
+        with torch.inference_mode():
+            if hasattr(self.model, "decode"):
+                return [beam.hypotheses[0][0] for beam in self.model.decode(features, beam_width)]
+            lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
+            return [self.model(*one, beam_width)[0][0] for one in zip(features, lengths, strict=True)]
+
+    def _transcribe(self, features: list[torch.Tensor]) -> list[str | Exception]:
+        """The text of each of ``features`` (T, 80), or what made it fail."""
+        try:
+            return [self.tokens_to_text(tokens) for tokens in self._tokens(features)]
+        except Exception as error:
+            if len(features) == 1:
+                return [error]
+            return [self._transcribe([utterance])[0] for utterance in features]

@@ -74,9 +74,14 @@ def digits_pt(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As a worker has it by default."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def worker(digits_pt) -> Worker:
-    torch.set_num_threads(1)
     return Worker(digits_pt)
 
 

@@ -71,19 +71,20 @@ def test_a_bad_file_does_not_spoil_its_batch(worker):
     assert answers[0][1] == answers[3][1] == TEXT
 
 
-def test_a_failure_inside_the_engine_is_one_500_and_the_next_request_is_answered(worker, monkeypatch):
-    def fails_on_short(waveform: torch.Tensor) -> str:
-        if len(waveform) < 16_000:
-            raise RuntimeError("secret detail")
-        return transcribe(waveform)
+def test_a_failure_inside_the_engine_is_one_500_and_the_rest_of_the_batch_is_answered(worker, monkeypatch):
+    class FailsOnShort:
+        def decode(self, features: list[torch.Tensor], beam_width: int) -> list:
+            if min(map(len, features)) < 100:
+                raise RuntimeError("secret detail")
+            return model.decode(features, beam_width)
 
-    transcribe = worker.handler._transcribe
-    monkeypatch.setattr(worker.handler, "_transcribe", fails_on_short)
+    model = worker.handler.model
+    monkeypatch.setattr(worker.handler, "model", FailsOnShort())
     short = {"body": encode(quiet_noise(0.5), 16_000, "wav", "pcm_s16le")}
-    (status, body), good = worker.answer(short, {"body": THREE_DIGITS})
+    first, (status, body), last = worker.answer({"body": THREE_DIGITS}, short, {"body": THREE_DIGITS})
     assert (status, body["code"], body["type"]) == (500, 500, "InternalError")
     assert "secret" not in body["message"]
-    assert good == (200, TEXT)
+    assert first == last == (200, TEXT)
 
 
 def test_answers_are_typed_for_the_client(worker):
@@ -353,7 +354,11 @@ def test_a_plain_scripted_beam_search_is_served_with_the_bundles_assets(tmp_path
     (assets / "spm_bpe_4096_librispeech.model").write_bytes(files["tokenizer.model"])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     plain_beam_search(tmp_path / "decoder_jit.pt", model.eval(), blank)
-    assert Worker(tmp_path / "decoder_jit.pt").transcribe(THREE_DIGITS) == TEXT
+    worker = Worker(tmp_path / "decoder_jit.pt")
+    assert worker.transcribe(THREE_DIGITS) == TEXT
+    # Its time and memory grow with the square of the length.
+    long = encode(quiet_noise(121), 16_000, "wav", "pcm_s16le")
+    assert [status for status, _ in worker.answer({"body": long}, {"body": THREE_DIGITS})] == [413, 200]
 
 
 @needs_bundle_assets
