@@ -1,0 +1,354 @@
+"""How fast is the engine, and what does it need? Against torchaudio's own search, in the same process.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/engine.py                        # all tables and scaling.png; about half an hour
+    python benchmarks/engine.py speed streaming        # some of them
+    python benchmarks/engine.py --audio speech.flac    # on speech of your own, about 10 s of it
+
+The network is torchaudio's 76.7M-parameter architecture with random weights. Its text means nothing, its speed is that
+of the real one at the same rate of tokens: the blank bias is set so that about six tokens a second come out.
+The reference is ``torch.jit.script(torchaudio.models.RNNTBeamSearch(model))``. One thread; every figure is the median
+of RUNS runs after a warm-up, those of a table taken in turns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torchaudio.models import RNNT, RNNTBeamSearch, emformer_rnnt_base
+
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import export_model  # noqa: E402
+from decoder import PRECISIONS, Decoder, with_precision  # noqa: E402
+from handler import ModelHandler  # noqa: E402
+
+RUNS = 5
+SECONDS = 10.0
+SAMPLE_RATE = 16_000
+VOCABULARY = 4097
+TOKENS_PER_SECOND = 6
+SCALING_MINUTES = (1 / 6, 1, 5, 20, 60)
+# Above this much audio the reference's attention matrices no longer fit: 2.7 GB at 2 minutes, 17 GB at 5.
+REFERENCE_MINUTES = (1 / 6, 1, 2)
+
+
+def stand_in(blank_bias: float) -> RNNT:
+    """The 76.7M-parameter network, random but the same every time, its blank bias raised."""
+    torch.manual_seed(0)
+    model = emformer_rnnt_base(num_symbols=VOCABULARY).eval()
+    model.joiner.linear.bias.data[-1] += blank_bias
+    return model
+
+
+def script(model: RNNT, precision: str) -> torch.jit.ScriptModule:
+    return torch.jit.script(with_precision(Decoder(model, VOCABULARY - 1), precision))
+
+
+def handler_for(path: Path) -> ModelHandler:
+    """The handler as a worker has it, with this model file."""
+    handler = ModelHandler()
+    properties = {"model_dir": str(path.parent), "gpu_id": None}
+    manifest = {"model": {"serializedFile": path.name}}
+    handler.initialize(SimpleNamespace(system_properties=properties, manifest=manifest, model_yaml_config={}))
+    return handler
+
+
+def save(module: torch.jit.ScriptModule, path: Path) -> Path:
+    """Save with the digits model's feature statistics: what the features are does not matter here."""
+    files = {name: (export_model.DIGITS / name).read_bytes() for name in ("global_stats.json", "tokenizer.model")}
+    export_model.save(module, path, files | {"metadata.json": b"{}"})
+    return path
+
+
+def audio(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Waveform (samples,) and features (T, 80): the file, over and over, for SECONDS."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_model.export("digits", Path(folder) / "emformer_rnnt.pt")
+        handler = handler_for(Path(folder) / "emformer_rnnt.pt")
+    waveform = handler._waveform((path or ROOT / "sample_audio" / "sentence.wav").read_bytes())
+    samples = int(SECONDS * SAMPLE_RATE)
+    waveform = waveform.repeat(-(-samples // len(waveform)))[:samples]
+    return waveform, handler._features(waveform)
+
+
+def milliseconds(*functions: Callable[[], object], runs: int = RUNS, warm_up: int = 3) -> list[float]:
+    """Median time of each function, all of them measured in turns."""
+    times: list[list[float]] = [[] for _ in functions]
+    with torch.inference_mode():
+        for run in range(warm_up + runs):
+            for function, own in zip(functions, times, strict=True):
+                started = time.perf_counter()
+                function()
+                if run >= warm_up:
+                    own.append((time.perf_counter() - started) * 1000)
+    return [statistics.median(own) for own in times]
+
+
+def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float:
+    """The blank bias at which about TOKENS_PER_SECOND come out; at every precision and width it is another one."""
+    decoder = with_precision(Decoder(stand_in(0.0), VOCABULARY - 1), precision)
+    seconds = len(features) / 100
+
+    def distance(bias: float) -> float:
+        joiner = torch.nn.Sequential(stand_in(bias).joiner.linear)
+        decoder.joiner = with_precision(joiner, precision)[0]
+        tokens = decoder._search(encodings, decoder._first_beam(), beam_width).hypotheses[0][0]
+        return abs((len(tokens) - 1) / seconds - TOKENS_PER_SECOND)
+
+    with torch.inference_mode():
+        [encodings], _ = decoder._encode(
+            [features], [(0, 0, decoder.encoder.segments(features))], decoder.encoder.empty_past(1)
+        )
+        return min((1.4 + 0.15 * step for step in range(9)), key=distance)
+
+
+def speed(features: torch.Tensor) -> None:
+    """Whole decode of one utterance, and of twelve times it."""
+    seconds = len(features) / 100
+    print(f"\n{seconds:.1f} s of audio           reference    engine     times  real-time factor  tokens/s (reference)")
+    long = torch.cat([features] * round(120 / seconds))
+    for beam_width in (1, 10):
+        bias = blank_bias(features, "fp32", beam_width)
+        reference = torch.jit.script(RNNTBeamSearch(stand_in(bias), VOCABULARY - 1))
+        for precision in PRECISIONS:
+            engine = script(stand_in(blank_bias(features, precision, beam_width)), precision)
+            for utterance in (features, long) if beam_width == 1 else (features,):
+                length = torch.tensor([len(utterance)])
+                arguments = (utterance, length, beam_width)
+                warm_up = 3 if utterance is features else 1
+                times = milliseconds(
+                    lambda r=reference, a=arguments: r(*a), lambda e=engine, a=arguments: e(*a), warm_up=warm_up
+                )
+                rates = [(len(m(*arguments)[0][0]) - 1) / len(utterance) * 100 for m in (engine, reference)]
+                label = f"{precision}  beam {beam_width:2}  {len(utterance) / 100:5.1f} s"
+                ratio, factor = times[0] / times[1], times[1] / len(utterance) / 10
+                print(f"{label} {times[0]:9.0f} ms {times[1]:7.0f} ms {ratio:6.2f} x {factor:17.4f}", end="")
+                print(f"  {rates[0]:.1f} ({rates[1]:.1f})", flush=True)
+
+
+def parts(features: torch.Tensor) -> None:
+    """Where the engine's time goes, at beam width 1, beside what its products alone take."""
+    print("\nbeam 1          encoder   search   products of the encoder alone")
+    for precision in PRECISIONS:
+        engine = script(stand_in(blank_bias(features, precision, 1)), precision)
+        window = [(0, 0, engine.encoder.segments(features))]
+        past = engine.encoder.empty_past(1)
+        with torch.inference_mode():
+            [encodings], _ = engine._encode([features], window, past)
+            first = engine._first_beam()
+        rows = engine.encoder.segments(features) * engine.encoder.width
+        layer = with_precision(torch.nn.Sequential(*layer_linears()), precision)
+        inputs = [torch.randn(rows, linear.in_features) for linear in layer_linears()]
+
+        def products(layer=layer, inputs=inputs) -> None:
+            for _ in range(20):
+                for linear, input in zip(layer, inputs, strict=True):
+                    linear(input)
+
+        times = milliseconds(
+            lambda e=engine, w=window, p=past: e._encode([features], w, p),
+            lambda e=engine, x=encodings, f=first: e._search(x, f, 1),
+            products,
+        )
+        operations = 20 * sum(2 * rows * linear.in_features * linear.out_features for linear in layer_linears())
+        print(
+            f"{precision}          {times[0]:6.0f} ms {times[1]:5.0f} ms {times[2]:6.0f} ms"
+            f"  ({operations / 1e9:.1f} GFLOP at {operations / times[2] / 1e6:.0f} GFLOP/s)",
+            flush=True,
+        )
+
+
+def layer_linears() -> list[torch.nn.Linear]:
+    """The linear layers of one of the 20 layers."""
+    return [torch.nn.Linear(*size) for size in ((512, 1536), (512, 512), (512, 2048), (2048, 512))]
+
+
+def batch(features: torch.Tensor) -> None:
+    """Eight utterances of 1 to 8 seconds, in one call and in eight."""
+    print("\neight utterances of 1 to 8 s    eight calls   one call   times")
+    utterances = [features[: 100 * seconds] for seconds in range(1, 9)]
+    for precision in PRECISIONS:
+        engine = script(stand_in(blank_bias(features, precision, 1)), precision)
+        times = milliseconds(
+            lambda e=engine: [e.decode([utterance], 1) for utterance in utterances],
+            lambda e=engine: e.decode(utterances, 1),
+        )
+        print(
+            f"{precision}  beam 1                 {times[0]:9.0f} ms {times[1]:7.0f} ms {times[0] / times[1]:6.2f} x",
+            flush=True,
+        )
+
+
+def streaming(features: torch.Tensor) -> None:
+    """``infer``, one segment of 160 ms after the other."""
+    print("\nsegment of 160 ms   torchaudio's infer   engine's infer   (beam 1)")
+    segments = (len(features) - 4) // 16
+    reference = torch.jit.script(RNNTBeamSearch(stand_in(blank_bias(features, "fp32", 1)), VOCABULARY - 1))
+
+    def stream(module: torch.jit.ScriptModule) -> None:
+        state = hypotheses = None
+        for start in range(0, 16 * segments, 16):
+            piece = features[start : start + 20]
+            hypotheses, state = module.infer(piece, torch.tensor([20]), 1, state, hypotheses)
+
+    for precision in PRECISIONS:
+        engine = script(stand_in(blank_bias(features, precision, 1)), precision)
+        times = milliseconds(lambda: stream(reference), lambda e=engine: stream(e))
+        print(f"{precision} {times[0] / segments:29.1f} ms {times[1] / segments:13.1f} ms", flush=True)
+
+
+def windows(features: torch.Tensor) -> None:
+    """A minute of audio in windows of various sizes: why WINDOW_SEGMENTS is what it is."""
+    sizes = (8, 16, 32, 64, 96, 128, 192, 384)
+    print("\nmilliseconds for a minute in windows of up to segments  " + "".join(f"{size:7}" for size in sizes))
+    minute = torch.cat([features] * round(6000 / len(features)))
+    for precision in PRECISIONS:
+        engine = script(stand_in(blank_bias(features, precision, 1)), precision)
+
+        def run(size: int, engine=engine) -> None:
+            engine.window_segments = size
+            engine.decode([minute], 1)
+
+        times = milliseconds(*(lambda s=size, r=run: r(s) for size in sizes), warm_up=1)
+        print(f"{precision}  beam 1" + " " * 43 + "".join(f"{t:7.0f}" for t in times), flush=True)
+
+
+def size(features: torch.Tensor) -> None:
+    """The file, and what a process that has loaded and warmed it up holds in memory, PyTorch included."""
+    print("\n             file      process")
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in PRECISIONS:
+            path = save(script(stand_in(1.65), precision), Path(folder) / f"{precision}.pt")
+            measured = in_a_process("engine", path, 1 / 6)
+            print(
+                f"{precision}   {path.stat().st_size / 1e6:8.1f} MB  {measured['resident'] / 1e6:8.0f} MB", flush=True
+            )
+
+
+def in_a_process(kind: str, model: Path, minutes: float, waveform: Path | None = None) -> dict[str, float]:
+    """``measure_once`` in a process of its own, so that its peak of memory is its own."""
+    arguments = [sys.executable, __file__, "--measure", kind, str(model), str(minutes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"WAVEFORM": str(waveform)} if waveform else {})
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_once(kind: str, model: Path, minutes: float) -> dict[str, float]:
+    """Seconds for features and decoding, and the peak of memory without waveform and features, in bytes."""
+    torch.set_num_threads(1)
+    handler = handler_for(model)
+    source = os.environ.get("WAVEFORM")
+    one = torch.load(source) if source else torch.randn(int(SECONDS * SAMPLE_RATE)) * 0.1
+    samples = int(minutes * 60 * SAMPLE_RATE)
+    waveform = one.repeat(-(-samples // len(one)))[:samples].clone()
+    handler._tokens([handler._features(one)])
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        if kind == "engine":
+            features = handler._features(waveform)
+            tokens = handler._tokens([features])[0]
+        else:
+            features, length = handler.extract_features(waveform)
+            tokens = handler.model(features, length, 1)[0][0]
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = 4 * (waveform.numel() + features.numel())
+    return {"seconds": seconds, "memory": peak - own, "own": own, "resident": resident, "tokens": len(tokens) - 1}
+
+
+def scaling(features: torch.Tensor, waveform: torch.Tensor) -> None:
+    """Time and memory from seconds to an hour; writes scaling.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    print("\n             minutes   seconds  per second of audio  memory beside waveform and features (these)")
+    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(waveform, Path(folder) / "waveform.pt")
+        bias = {precision: blank_bias(features, precision, 1) for precision in ("fp32", "int8")}
+        reference = torch.jit.script(RNNTBeamSearch(stand_in(bias["fp32"]), VOCABULARY - 1))
+        models = [
+            ("torchaudio", "reference", save(reference, Path(folder) / "reference.pt"), REFERENCE_MINUTES),
+            *(
+                (f"engine {p}", "engine", save(script(stand_in(b), p), Path(folder) / f"{p}.pt"), SCALING_MINUTES)
+                for p, b in bias.items()
+            ),
+        ]
+        for name, kind, path, lengths in models:
+            results = []
+            for minutes in lengths:
+                result = in_a_process(kind, path, minutes, Path(folder) / "waveform.pt")
+                results.append(result)
+                print(
+                    f"{name:12} {minutes:7.2f} {result['seconds']:9.1f} {result['seconds'] / minutes / 60:20.4f}"
+                    f"  {result['memory'] / 1e6:8.0f} MB ({result['own'] / 1e6:.0f} MB)",
+                    flush=True,
+                )
+            time_axes.loglog(lengths, [result["seconds"] for result in results], "o-", label=name)
+            memory_axes.loglog(lengths, [result["memory"] / 1e9 for result in results], "o-", label=name)
+    for axes, label in ((time_axes, "seconds to transcribe"), (memory_axes, "GB beside waveform and features")):
+        axes.set(xlabel="minutes of audio", ylabel=label, xticks=[0.17, 1, 5, 20, 60])
+        axes.set_xticklabels(["10 s", "1", "5", "20", "60"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"76.7 M parameters, beam width 1, one thread, {processor()}")
+    figure.savefig(Path(__file__).parent / "scaling.png", dpi=110)
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+TABLES = {
+    "speed": speed,
+    "parts": parts,
+    "batch": batch,
+    "streaming": streaming,
+    "size": size,
+    "windows": windows,
+    "scaling": scaling,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"some of {', '.join(TABLES)}; default: all")
+    parser.add_argument("--audio", type=Path, help="speech to measure on; default: sample_audio/sentence.wav")
+    parser.add_argument("--measure", nargs=3, metavar=("KIND", "MODEL", "MINUTES"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        kind, model, minutes = args.measure
+        print(json.dumps(measure_once(kind, Path(model), float(minutes))))
+        return
+    if not set(args.tables) <= set(TABLES):
+        parser.error(f"there are the tables {', '.join(TABLES)}")
+    torch.set_num_threads(1)
+    print(f"{processor()}, one thread, torch {torch.__version__}, medians of {RUNS} runs")
+    waveform, features = audio(args.audio)
+    for name in args.tables or TABLES:
+        TABLES[name](features, waveform) if name == "scaling" else TABLES[name](features)
+
+
+if __name__ == "__main__":
+    main()
