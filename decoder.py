@@ -236,11 +236,44 @@ class Beam(NamedTuple):
     searched: int  # encoder frames so far
 
 
+class PrefixTree:
+    """The token lists of a search, each one a node, and what the predictor makes of them.
+
+    That depends on the tokens and on nothing else, so it is computed once a node, however many paths come by.
+    """
+
+    def __init__(self, vocabulary: int, root_length: int) -> None:
+        self.vocabulary = vocabulary
+        self.children: dict[int, int] = {}  # node * vocabulary + token -> node
+        self.lengths = [root_length]  # number of tokens, the leading blank included
+        self.outputs = [torch.empty(0)]  # predictor output (D,), empty until it is computed
+        self.states = [torch.empty(0)]  # predictor state (layers, 2, H)
+
+    def child(self, node: int, token: int) -> int:
+        """The node of ``node``'s tokens and ``token``."""
+        key = node * self.vocabulary + token
+        if key not in self.children:
+            self.children[key] = len(self.lengths)
+            self.lengths.append(self.lengths[node] + 1)
+            self.outputs.append(torch.empty(0))
+            self.states.append(torch.empty(0))
+        return self.children[key]
+
+
+class Emission(NamedTuple):
+    """A token that a path has emitted."""
+
+    before: int  # the emission before it
+    token: int
+    frame: int  # of the encodings that are searched
+    log_prob: float
+
+
 class Path(NamedTuple):
     """A hypothesis inside ``Decoder._search``."""
 
     node: int  # in the prefix tree: equal nodes are equal token lists
-    trace: int  # its last emission
+    last: int  # its last emission
     score: float
     start: int  # the frame that the next three begin with
     blank: list[float]  # of each frame: log-probability of blank
@@ -410,132 +443,105 @@ class Decoder(torch.nn.Module):
         beat the ``beam_width``-th best ended path become the active paths, until there is none.
         """
         beam_width = min(beam_width, self.blank)
-        # The prefix tree. A node is a token list; what the predictor makes of it depends on nothing else, so it
-        # is computed once a node, however many paths come by.
-        children: dict[int, int] = {}  # node * vocabulary + token -> node
-        lengths: list[int] = []  # number of tokens, the leading blank included
-        outputs: list[torch.Tensor] = []  # predictor output (D,) and state (layers, 2, H); empty until needed
-        states: list[torch.Tensor] = []
-        # The emissions: one for each hypothesis of ``beam``, then each with the one before it.
-        before: list[int] = []
-        tokens: list[int] = []
-        frames: list[int] = []
-        log_probs: list[float] = []
-
-        common = self._common_length(beam.hypotheses)
-        nothing = torch.empty(0)
-        lengths.append(common)
-        outputs.append(nothing)
-        states.append(nothing)
+        tree = PrefixTree(self.blank + 1, common_length(beam.hypotheses))
+        # The first ones stand for ``beam``'s hypotheses, with nothing before them.
+        emissions: list[Emission] = []
         paths: list[Path] = []
-        for hypothesis in beam.hypotheses:
+        for tokens, output, state, score in beam.hypotheses:
             node = 0
-            for token in hypothesis[0][common:]:
-                key = node * (self.blank + 1) + token
-                if key not in children:
-                    children[key] = len(lengths)
-                    lengths.append(lengths[node] + 1)
-                    outputs.append(nothing)
-                    states.append(nothing)
-                node = children[key]
-            outputs[node] = hypothesis[1][0]
-            states[node] = torch.stack([torch.cat(layer) for layer in hypothesis[2]])
-            paths.append(Path(node, len(before), float32(hypothesis[3]), 0, [], [], nothing))
-            before.append(-1)
-            tokens.append(-1)
-            frames.append(-1)
-            log_probs.append(0.0)
+            for token in tokens[tree.lengths[0] :]:
+                node = tree.child(node, token)
+            tree.outputs[node] = output[0]
+            tree.states[node] = torch.stack([torch.cat(layer) for layer in state])
+            paths.append(Path(node, len(emissions), float32(score), 0, [], [], torch.empty(0)))
+            emissions.append(Emission(-1, -1, -1, 0.0))
 
         for t in range(encodings.size(0)):
             active, ended = paths, torch.jit.annotate(list[Path], [])
-            position: dict[int, int] = {}  # of a node in ``ended``
-            emitted = 0
-            while len(active) > 0:
-                active = self._joined(active, outputs, encodings, t)
+            place: dict[int, int] = {}  # of a node in ``ended``
+            for emitted in range(self.max_tokens_per_frame + 1):
+                active = self._joined(active, tree, encodings, t)
                 for path in active:
-                    ending = extended(path, path.node, path.trace, float32(path.score + path.blank[t - path.start]))
-                    if path.node in position:  # the same tokens, emitted at other frames: their probabilities add up
-                        other = ended[position[path.node]]
-                        larger, smaller = max(ending.score, other.score), min(ending.score, other.score)
-                        trace = ending.trace if ending.score > other.score else other.trace
-                        score = float32(larger + math.log1p(math.exp(smaller - larger)))
-                        ended[position[path.node]] = extended(ending, path.node, trace, score)
+                    path = with_score(path, path.score + path.blank[t - path.start])
+                    if path.node in place:  # the same tokens, emitted at other frames: their probabilities add up
+                        other = ended[place[path.node]]
+                        better, worse = (path, other) if path.score > other.score else (other, path)
+                        score = better.score + math.log1p(math.exp(worse.score - better.score))
+                        ended[place[path.node]] = with_score(better, score)
                     else:
-                        position[path.node] = len(ended)
-                        ended.append(ending)
-
-                if emitted == self.max_tokens_per_frame:
+                        place[path.node] = len(ended)
+                        ended.append(path)
+                if emitted < self.max_tokens_per_frame:
+                    threshold = -math.inf
+                    if len(ended) >= beam_width:
+                        threshold = sorted([path.score for path in ended])[-beam_width]
+                    active = self._extended(active, threshold, beam_width, tree, emissions, t)
+                if len(active) == 0:
                     break
-                emitted += 1
-                threshold = -math.inf
-                if len(ended) >= beam_width:
-                    scores = sorted([path.score for path in ended])
-                    threshold = scores[-beam_width]
-                # A path whose best token does not beat the threshold has none that does: most frames end here,
-                # without a look at the vocabulary.
-                growing = torch.jit.annotate(list[Path], [])
-                for path in active:
-                    if float32(path.score + path.best[t - path.start]) > threshold:
-                        growing.append(path)
-                if len(growing) == 0:
-                    break
-
-                vocabulary = torch.stack([path.log_probs[t - path.start] for path in growing])[:, : self.blank]
-                scores = torch.tensor([path.score for path in growing]).unsqueeze(1) + vocabulary
-                best, index = scores.flatten().topk(beam_width)
-                best_scores: list[float] = best.tolist()
-                best_index: list[int] = index.tolist()
-                best_log_probs: list[float] = vocabulary.flatten()[index].tolist()
-                extensions = torch.jit.annotate(list[Path], [])
-                new_nodes: list[int] = []
-                new_tokens: list[int] = []
-                parents: list[torch.Tensor] = []
-                for i, score in enumerate(best_scores):
-                    if score > threshold:
-                        path, token = growing[best_index[i] // self.blank], best_index[i] % self.blank
-                        key = path.node * (self.blank + 1) + token
-                        if key not in children:
-                            children[key] = len(lengths)
-                            lengths.append(lengths[path.node] + 1)
-                            outputs.append(nothing)
-                            states.append(nothing)
-                        node = children[key]
-                        if outputs[node].numel() == 0:
-                            new_nodes.append(node)
-                            new_tokens.append(token)
-                            parents.append(states[path.node])
-                        extensions.append(Path(node, len(before), score, t, [], [], nothing))
-                        before.append(path.trace)
-                        tokens.append(token)
-                        frames.append(beam.searched + t)
-                        log_probs.append(best_log_probs[i])
-                if len(new_nodes) > 0:
-                    new_tokens_tensor = torch.tensor(new_tokens, device=encodings.device)
-                    new_outputs, new_states = self.predictor(new_tokens_tensor, torch.stack(parents))
-                    for i, node in enumerate(new_nodes):
-                        outputs[node], states[node] = new_outputs[i], new_states[i]
-                active = extensions
-            paths = ended
-            if len(ended) > beam_width:
-                paths = self._best(ended, lengths, beam_width)
+            paths = ended if len(ended) <= beam_width else best_paths(ended, tree, beam_width)
 
         hypotheses: list[Hypothesis] = []
-        all_frames: list[list[int]] = []
-        all_log_probs: list[list[float]] = []
-        for path in self._best(paths, lengths, beam_width):
-            emissions: list[int] = []
-            emission = path.trace
-            while before[emission] >= 0:
-                emissions.append(emission)
-                emission = before[emission]
-            emissions.reverse()
-            hypothesis = beam.hypotheses[emission][0] + [tokens[i] for i in emissions]
-            hypotheses.append(self._hypothesis(hypothesis, outputs[path.node], states[path.node], path.score))
-            all_frames.append(beam.frames[emission] + [frames[i] for i in emissions])
-            all_log_probs.append(beam.log_probs[emission] + [log_probs[i] for i in emissions])
-        return Beam(hypotheses, all_frames, all_log_probs, beam.searched + encodings.size(0))
+        frames: list[list[int]] = []
+        log_probs: list[list[float]] = []
+        for path in best_paths(paths, tree, beam_width):
+            own: list[Emission] = []
+            last = path.last
+            while emissions[last].before >= 0:
+                own.append(emissions[last])
+                last = emissions[last].before
+            own.reverse()
+            tokens = beam.hypotheses[last][0] + [emission.token for emission in own]
+            hypotheses.append(self._hypothesis(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
+            frames.append(beam.frames[last] + [beam.searched + emission.frame for emission in own])
+            log_probs.append(beam.log_probs[last] + [emission.log_prob for emission in own])
+        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0))
 
-    def _joined(self, paths: list[Path], outputs: list[torch.Tensor], encodings: torch.Tensor, t: int) -> list[Path]:
+    def _extended(
+        self,
+        paths: list[Path],
+        threshold: float,
+        beam_width: int,
+        tree: PrefixTree,
+        emissions: list[Emission],
+        t: int,
+    ) -> list[Path]:
+        """The ``beam_width`` best extensions of ``paths`` by a token, of those that beat ``threshold``."""
+        # A path whose best token does not beat the threshold has none that does: at most frames nothing is left,
+        # and the vocabulary is not looked at.
+        growing = torch.jit.annotate(list[Path], [])
+        for path in paths:
+            if float32(path.score + path.best[t - path.start]) > threshold:
+                growing.append(path)
+        extensions = torch.jit.annotate(list[Path], [])
+        if len(growing) == 0:
+            return extensions
+
+        log_probs = torch.stack([path.log_probs[t - path.start] for path in growing])[:, : self.blank]
+        scores = torch.tensor([path.score for path in growing]).unsqueeze(1) + log_probs
+        best, index = scores.flatten().topk(beam_width)
+        best_scores: list[float] = best.tolist()
+        best_index: list[int] = index.tolist()
+        best_log_probs: list[float] = log_probs.flatten()[index].tolist()
+        new_nodes: list[int] = []
+        new_tokens: list[int] = []
+        parents: list[torch.Tensor] = []
+        for score, i, log_prob in zip(best_scores, best_index, best_log_probs):  # noqa: B905 (TorchScript)
+            if score > threshold:
+                path, token = growing[i // self.blank], i % self.blank
+                node = tree.child(path.node, token)
+                if tree.outputs[node].numel() == 0:
+                    new_nodes.append(node)
+                    new_tokens.append(token)
+                    parents.append(tree.states[path.node])
+                extensions.append(Path(node, len(emissions), score, t, [], [], torch.empty(0)))
+                emissions.append(Emission(path.last, token, t, log_prob))
+        if len(new_nodes) > 0:
+            outputs, states = self.predictor(torch.tensor(new_tokens, device=parents[0].device), torch.stack(parents))
+            for i, node in enumerate(new_nodes):
+                tree.outputs[node], tree.states[node] = outputs[i], states[i]
+        return extensions
+
+    def _joined(self, paths: list[Path], tree: PrefixTree, encodings: torch.Tensor, t: int) -> list[Path]:
         """``paths``, each with its log-probabilities for frame ``t``.
 
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
@@ -544,7 +550,7 @@ class Decoder(torch.nn.Module):
         missing: list[torch.Tensor] = []
         for path in paths:
             if t >= path.start + len(path.blank):
-                missing.append(outputs[path.node])
+                missing.append(tree.outputs[path.node])
         if len(missing) == 0:
             return paths
         source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
@@ -556,25 +562,27 @@ class Decoder(torch.nn.Module):
         row = 0
         for path in paths:
             if t >= path.start + len(path.blank):
-                joined.append(Path(path.node, path.trace, path.score, t, blank[row], best[row], log_probs[row]))
+                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], log_probs[row]))
                 row += 1
             else:
                 joined.append(path)
         return joined
 
-    def _best(self, paths: list[Path], lengths: list[int], beam_width: int) -> list[Path]:
-        """The ``beam_width`` best paths by score for their length, the best first."""
-        scores = torch.tensor([path.score / (lengths[path.node] + 1) for path in paths])
-        order: list[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
-        return [paths[i] for i in order]
 
-    def _common_length(self, hypotheses: list[Hypothesis]) -> int:
-        """Number of leading tokens that all hypotheses share, or fewer."""
-        shortest = min([len(hypothesis[0]) for hypothesis in hypotheses])
-        common, back = shortest, 1
-        while any([hypothesis[0][:common] != hypotheses[0][0][:common] for hypothesis in hypotheses]):
-            common, back = max(shortest - back, 0), back * 2
-        return common
+def best_paths(paths: list[Path], tree: PrefixTree, beam_width: int) -> list[Path]:
+    """The ``beam_width`` best of ``paths`` by score for their length, the best first."""
+    scores = torch.tensor([path.score / (tree.lengths[path.node] + 1) for path in paths])
+    order: list[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
+    return [paths[i] for i in order]
+
+
+def common_length(hypotheses: list[Hypothesis]) -> int:
+    """Number of leading tokens that all hypotheses share, or fewer."""
+    shortest = min([len(hypothesis[0]) for hypothesis in hypotheses])
+    common, back = shortest, 1
+    while any([hypothesis[0][:common] != hypotheses[0][0][:common] for hypothesis in hypotheses]):
+        common, back = max(shortest - back, 0), back * 2
+    return common
 
 
 def beam_of(hypotheses: list[Hypothesis]) -> Beam:
@@ -584,9 +592,9 @@ def beam_of(hypotheses: list[Hypothesis]) -> Beam:
     return Beam(hypotheses, frames, log_probs, 0)
 
 
-def extended(path: Path, node: int, trace: int, score: float) -> Path:
-    """``path`` with another node, emission and score."""
-    return Path(node, trace, score, path.start, path.blank, path.best, path.log_probs)
+def with_score(path: Path, score: float) -> Path:
+    """``path`` with another score."""
+    return Path(path.node, path.last, float32(score), path.start, path.blank, path.best, path.log_probs)
 
 
 def float32(number: float) -> float:
@@ -664,6 +672,7 @@ def with_precision(decoder: Decoder, precision: str) -> Decoder:
     # difference a product of another size makes: there, a call holds one utterance, so that it gives the same
     # result alone and in a batch.
     decoder.packs = precision == "fp32"
+    decoder.requires_grad_(False)  # the packed layers take no input that does
     if precision == "int8":
         per_channel = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
         return torch.ao.quantization.quantize_dynamic(decoder, per_channel)

@@ -8,10 +8,12 @@
 The network is torchaudio's 76.7M-parameter architecture with random weights. Its text means nothing, its speed is that
 of the real one at the same rate of tokens: the blank bias is set so that about six tokens a second come out.
 The reference is ``torch.jit.script(torchaudio.models.RNNTBeamSearch(model))``. One thread; every figure is the median
-of RUNS runs after a warm-up, those of a table taken in turns.
+of RUNS runs after a warm-up, those of a table taken in turns. The peaks of memory and the times
+of the long recordings are of one run each, in processes of their own.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -101,43 +103,40 @@ def milliseconds(*functions: Callable[[], object], runs: int = RUNS, warm_up: in
 def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float:
     """The blank bias at which about TOKENS_PER_SECOND come out; at every precision and width it is another one."""
     decoder = with_precision(Decoder(stand_in(0.0), VOCABULARY - 1), precision)
-    seconds = len(features) / 100
+    joiner = stand_in(0.0).joiner.linear.requires_grad_(False)
 
     def distance(bias: float) -> float:
-        joiner = torch.nn.Sequential(stand_in(bias).joiner.linear)
-        decoder.joiner = with_precision(joiner, precision)[0]
+        raised = copy.deepcopy(joiner)
+        raised.bias[-1] += bias
+        decoder.joiner = with_precision(torch.nn.Sequential(raised), precision)[0]
         tokens = decoder._search(encodings, decoder._first_beam(), beam_width).hypotheses[0][0]
-        return abs((len(tokens) - 1) / seconds - TOKENS_PER_SECOND)
+        return abs((len(tokens) - 1) * 100 / len(features) - TOKENS_PER_SECOND)
 
     with torch.inference_mode():
-        [encodings], _ = decoder._encode(
-            [features], [(0, 0, decoder.encoder.segments(features))], decoder.encoder.empty_past(1)
-        )
+        window = [(0, 0, decoder.encoder.segments(features))]
+        [encodings], _ = decoder._encode([features], window, decoder.encoder.empty_past(1))
         return min((1.4 + 0.15 * step for step in range(9)), key=distance)
 
 
 def speed(features: torch.Tensor) -> None:
     """Whole decode of one utterance, and of twelve times it."""
-    seconds = len(features) / 100
-    print(f"\n{seconds:.1f} s of audio           reference    engine     times  real-time factor  tokens/s (reference)")
-    long = torch.cat([features] * round(120 / seconds))
+    print("\n                          milliseconds    times  real-time factor  tokens/s")
+    long = torch.cat([features] * round(12_000 / len(features)))
     for beam_width in (1, 10):
-        bias = blank_bias(features, "fp32", beam_width)
-        reference = torch.jit.script(RNNTBeamSearch(stand_in(bias), VOCABULARY - 1))
-        for precision in PRECISIONS:
-            engine = script(stand_in(blank_bias(features, precision, beam_width)), precision)
-            for utterance in (features, long) if beam_width == 1 else (features,):
-                length = torch.tensor([len(utterance)])
-                arguments = (utterance, length, beam_width)
-                warm_up = 3 if utterance is features else 1
-                times = milliseconds(
-                    lambda r=reference, a=arguments: r(*a), lambda e=engine, a=arguments: e(*a), warm_up=warm_up
-                )
-                rates = [(len(m(*arguments)[0][0]) - 1) / len(utterance) * 100 for m in (engine, reference)]
-                label = f"{precision}  beam {beam_width:2}  {len(utterance) / 100:5.1f} s"
-                ratio, factor = times[0] / times[1], times[1] / len(utterance) / 10
-                print(f"{label} {times[0]:9.0f} ms {times[1]:7.0f} ms {ratio:6.2f} x {factor:17.4f}", end="")
-                print(f"  {rates[0]:.1f} ({rates[1]:.1f})", flush=True)
+        biases = {precision: blank_bias(features, precision, beam_width) for precision in PRECISIONS}
+        reference = torch.jit.script(RNNTBeamSearch(stand_in(biases["fp32"]), VOCABULARY - 1))
+        modules = {"torchaudio": reference} | {p: script(stand_in(bias), p) for p, bias in biases.items()}
+        for utterance in (features, long) if beam_width == 1 else (features,):
+            seconds = len(utterance) / 100
+            arguments = (utterance, torch.tensor([len(utterance)]), beam_width)
+            with torch.inference_mode():
+                tokens = [len(module(*arguments)[0][0]) - 1 for module in modules.values()]
+            runs = [lambda m=module, a=arguments: m(*a) for module in modules.values()]
+            times = milliseconds(*runs, warm_up=2 if utterance is features else 0)
+            for name, own, count in zip(modules, times, tokens, strict=True):
+                label = f"{seconds:5.1f} s  beam {beam_width:2}  {name}"
+                ratio, factor = times[0] / own, own / seconds / 1000
+                print(f"{label:28} {own:9.0f} {ratio:6.2f} x {factor:17.4f} {count / seconds:9.1f}", flush=True)
 
 
 def parts(features: torch.Tensor) -> None:

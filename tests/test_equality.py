@@ -288,14 +288,14 @@ def test_a_batch_of_the_full_architecture_gives_what_each_utterance_gives_alone(
         assert together == [engine.decode([utterance], 2)[0].hypotheses[0][0] for utterance in batch]
 
 
-def test_forward_gives_the_hypotheses_of_decode(engine, features):
+def test_forward_gives_the_hypotheses_of_decode_also_outside_inference_mode(engine, features):
     utterance = features["three-digits.wav"]
     with torch.inference_mode():
         expected = engine.decode([utterance], 3)[0].hypotheses
-        for shaped in (utterance, utterance.unsqueeze(0)):
-            for length in (torch.tensor(len(utterance)), torch.tensor([len(utterance)])):
-                found = engine(shaped, length, 3)
-                assert [(h[0], h[3]) for h in found] == [(h[0], h[3]) for h in expected]
+    for shaped in (utterance.clone(), utterance.clone().unsqueeze(0)):
+        for length in (torch.tensor(len(utterance)), torch.tensor([len(utterance)])):
+            found = engine(shaped, length, 3)
+            assert [(h[0], h[3]) for h in found] == [(h[0], h[3]) for h in expected]
 
 
 # Streaming

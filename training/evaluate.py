@@ -18,16 +18,17 @@ from train import SAMPLE_RATE, WORDS, feature_extractor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from decoder import Decoder  # noqa: E402
+from decoder import PRECISIONS, Decoder, with_precision  # noqa: E402
 
 
-def load(folder: Path) -> tuple[Decoder, torch.nn.Module, list[str]]:
+def load(folder: Path, precision: str) -> tuple[Decoder, torch.nn.Module, list[str]]:
     """The model in ``folder`` as the exporter builds it, its feature extractor and its vocabulary."""
     architecture = json.loads((folder / "architecture.json").read_text())
     model = emformer_rnnt_model(**architecture)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
     words = ["<unk>", "<s>", "</s>", *WORDS]
-    return Decoder(model.eval(), len(words)), feature_extractor(folder / "global_stats.json"), words
+    decoder = torch.jit.script(with_precision(Decoder(model.eval(), len(words)), precision))
+    return decoder, feature_extractor(folder / "global_stats.json"), words
 
 
 def main() -> None:
@@ -37,10 +38,11 @@ def main() -> None:
     source.add_argument("--recordings", type=Path, help="folder of DIGIT_SPEAKER_TAKE.wav")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "digits")
     parser.add_argument("--beam-width", type=int, default=1)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--silence", type=float, default=0.0, help="seconds of silence put before and after")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    decoder, extractor, words = load(args.model)
+    decoder, extractor, words = load(args.model, args.precision)
 
     if args.clips:
         clips = [(path.with_suffix(".wav"), json.loads(path.read_text())) for path in args.clips.glob("heldout-*.json")]
