@@ -17,7 +17,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -210,6 +209,33 @@ def streaming(features: torch.Tensor) -> None:
         print(f"{precision} {times[0] / segments:29.1f} ms {times[1] / segments:13.1f} ms", flush=True)
 
 
+def digits(features: torch.Tensor) -> None:
+    """What a wider beam costs the digits model: a whole request in the handler (6.5 s of M4A), and the engine alone."""
+    print("\ndigits model: milliseconds for a request (engine alone) at beam width  1, 4, 10")
+    audio_file = (ROOT / "sample_audio" / "card-number.m4a").read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in PRECISIONS:
+            path = Path(folder) / "emformer_rnnt.pt"
+            export_model.export("digits", path, precision)
+            handler = handler_for(path)
+            spoken = handler._features(handler._waveform(audio_file))
+
+            def engine(beam_width: int, handler=handler, spoken=spoken) -> None:
+                handler.settings["beam_width"] = beam_width
+                handler._tokens([spoken])
+
+            def request(beam_width: int, handler=handler) -> None:
+                handler.settings["beam_width"] = beam_width
+                handler._transcribe([handler._features(handler._waveform(audio_file))])
+
+            calls = [
+                lambda f=function, b=beam_width: f(b) for beam_width in (1, 4, 10) for function in (request, engine)
+            ]
+            times = milliseconds(*calls)
+            pairs = zip(times[::2], times[1::2], strict=True)
+            print(f"{precision}  " + "  ".join(f"{whole:6.1f} ({alone:.1f})" for whole, alone in pairs), flush=True)
+
+
 def windows(features: torch.Tensor) -> None:
     """A minute of audio in windows of various sizes: why WINDOW_SEGMENTS is what it is."""
     sizes = (8, 16, 32, 64, 96, 128, 192, 384)
@@ -255,7 +281,8 @@ def measure_once(kind: str, model: Path, minutes: float) -> dict[str, float]:
     samples = int(minutes * 60 * SAMPLE_RATE)
     waveform = one.repeat(-(-samples // len(one)))[:samples].clone()
     handler._tokens([handler._features(one)])
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without that of loading
+    resident = memory("VmRSS")
     started = time.perf_counter()
     with torch.inference_mode():
         if kind == "engine":
@@ -265,9 +292,20 @@ def measure_once(kind: str, model: Path, minutes: float) -> dict[str, float]:
             features, length = handler.extract_features(waveform)
             tokens = handler.model(features, length, 1)[0][0]
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     own = 4 * (waveform.numel() + features.numel())
-    return {"seconds": seconds, "memory": peak - own, "own": own, "resident": resident, "tokens": len(tokens) - 1}
+    return {
+        "seconds": seconds,
+        "memory": memory("VmHWM") - own,
+        "own": own,
+        "resident": resident,
+        "tokens": len(tokens) - 1,
+    }
+
+
+def memory(name: str) -> int:
+    """Bytes of this process, as /proc counts them: ``VmRSS`` now, ``VmHWM`` at most. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def scaling(features: torch.Tensor, waveform: torch.Tensor) -> None:
@@ -325,6 +363,7 @@ TABLES = {
     "batch": batch,
     "streaming": streaming,
     "size": size,
+    "digits": digits,
     "windows": windows,
     "scaling": scaling,
 }
