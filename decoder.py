@@ -1,10 +1,12 @@
 """The engine that is exported: RNN-T beam search over an Emformer encoder, as one scriptable module.
 
-``Decoder`` is a drop-in for ``torchaudio.models.RNNTBeamSearch``: same signatures, same tokens, in a time and
-a memory that grow with the length of the audio and not with its square. It takes a torchaudio ``RNNT`` and
-computes with its weights. From top to bottom:
+``Decoder`` is a drop-in for ``torchaudio.models.RNNTBeamSearch``: same ``forward`` and ``infer``, same tokens, in a
+time that grows with the length of the audio and not with its square, and in memory that, beside features and
+tokens, does not grow at all. It takes a torchaudio ``RNNT`` and computes with its weights. From top to bottom:
 
     features (T, 80) -> Encoder, window by window -> encodings -> Decoder._search -> hypotheses
+
+A module is for one thread at a time: what XNNPACK packs cannot be shared.
 
 Sources: Emformer (Shi et al. 2021, arXiv 2010.10759) and RNN-T (Graves 2012, arXiv 1211.3711), both as
 torchaudio.models implements them; joining several frames at once is WIND (Xu et al. 2025, arXiv 2505.13765).
@@ -23,8 +25,8 @@ PRECISIONS = ("fp32", "bf16", "int8")
 WINDOW_SEGMENTS = 96
 # Segments whose queries share one product in the attention: more are fewer products with more masked in them.
 BLOCK_SEGMENTS = 4
-# Rows (hypotheses x frames) that one call of the joiner takes: XNNPACK's widest kernel computes seven rows in
-# the time in which it reads the weights once.
+# Rows (hypotheses x frames) that one call of the joiner is filled up to: XNNPACK's widest kernel computes seven
+# rows in the time in which it reads the weights once.
 JOINER_ROWS = 7
 # Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
 MAX_TOKENS_PER_FRAME = 100
@@ -36,13 +38,13 @@ class EncoderLayer(torch.nn.Module):
     Args:
         layer (torchaudio.models.emformer._EmformerLayer): whose weights are used.
         width (int): rows of a segment, right context included.
-        history (int): rows before a block that it may attend to.
+        past_rows (int): rows before a block that it may attend to.
     """
 
-    def __init__(self, layer: torch.nn.Module, width: int, history: int) -> None:
+    def __init__(self, layer: torch.nn.Module, width: int, past_rows: int) -> None:
         super().__init__()
         attention = layer.attention
-        self.width, self.history, self.num_heads = width, history, attention.num_heads
+        self.width, self.past_rows, self.num_heads = width, past_rows, attention.num_heads
         self.layer_norm_input = layer.layer_norm_input
         self.query_key_value = stacked([attention.emb_to_query, attention.emb_to_key_value], dim=0)
         self.out_proj = attention.out_proj
@@ -52,14 +54,14 @@ class EncoderLayer(torch.nn.Module):
     def forward(
         self, rows: torch.Tensor, past: torch.Tensor, mask: torch.Tensor, block_segments: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the layer for ``rows`` (N, R, D) after ``past`` (N, history, 2 D), keys and values.
+        """Compute the layer for ``rows`` (N, R, D) after ``past`` (N, past_rows, 2 D), keys and values.
 
         Returns:
             (Tensor, Tensor): (N, R, D) and the ``past`` of the rows that come next.
         """
         batch, count, dim = rows.shape
         query, key_value = self.query_key_value(self.layer_norm_input(rows)).split([dim, 2 * dim], dim=2)
-        key_value = torch.cat([past, key_value], dim=1)  # (N, history + R, 2 D)
+        key_value = torch.cat([past, key_value], dim=1)  # (N, past_rows + R, 2 D)
         past = key_value[:, count:].clone()
 
         # A block's keys and values are a slice of ``key_value`` that overlaps its neighbours': nothing is copied.
@@ -68,7 +70,7 @@ class EncoderLayer(torch.nn.Module):
         if missing > 0:
             query = torch.nn.functional.pad(query, (0, 0, 0, missing))
             key_value = torch.nn.functional.pad(key_value, (0, 0, 0, missing))
-        heads, keys = self.num_heads, self.history + block
+        heads, keys = self.num_heads, self.past_rows + block
         query = query.reshape(-1, block, heads, dim // heads).transpose(1, 2)  # (blocks, heads, block, d)
         key_value = key_value.unfold(1, keys, block)  # (N, blocks / N, 2 D, keys)
         key, value = key_value.reshape(-1, 2, heads, dim // heads, keys).transpose(3, 4).unbind(1)
@@ -104,6 +106,7 @@ class Encoder(torch.nn.Module):
         emformer = encoder.transformer
         if emformer.use_mem:
             raise ValueError("An Emformer with memory vectors (max_memory_size > 0) is not supported.")
+        self.input_dim: int = encoder.input_linear.in_features
         self.stride: int = encoder.time_reduction.stride  # feature frames in one encoder frame
         self.segment: int = emformer.segment_length  # encoder frames
         self.right_context: int = emformer.right_context_length
@@ -134,9 +137,9 @@ class Encoder(torch.nn.Module):
         taken = taken.reshape(end - begin, -1)  # (frames, D)
         starts = torch.arange(first, last, device=features.device).unsqueeze(1) * self.segment
         # A last segment that is shorter is filled up with rows that the mask hides.
-        own = starts + torch.arange(self.segment, device=features.device)
+        own = (starts + torch.arange(self.segment, device=features.device)).clamp(max=begin + len(taken) - 1)
         right = (starts + self.segment).clamp(max=frames) + torch.arange(self.right_context, device=features.device)
-        return taken[torch.cat([own.clamp(max=frames), right], dim=1) - begin]
+        return taken[torch.cat([own, right], dim=1) - begin]
 
     def empty_past(self, batch: int) -> list[torch.Tensor]:
         """The ``past`` of a stream that begins, for ``forward``."""
@@ -239,7 +242,7 @@ class Beam(NamedTuple):
 class PrefixTree:
     """The token lists of a search, each one a node, and what the predictor makes of them.
 
-    That depends on the tokens and on nothing else, so it is computed once a node, however many paths come by.
+    That depends on the tokens alone, so it is computed once a node, however many paths come by.
     """
 
     def __init__(self, vocabulary: int, root_length: int) -> None:
@@ -286,14 +289,16 @@ class Decoder(torch.nn.Module):
 
     Args:
         model (torchaudio.models.RNNT): Emformer RNN-T, in evaluation mode.
-        blank (int): index of the blank token; it is the last one of the vocabulary.
+        blank (int): index of the blank token, which is the last one of the vocabulary.
 
     Raises:
-        ValueError: the model's encoder has memory vectors.
+        ValueError: blank is another token, or the model's encoder has memory vectors.
     """
 
     def __init__(self, model: RNNT, blank: int) -> None:
         super().__init__()
+        if blank != model.joiner.linear.out_features - 1:
+            raise ValueError("The blank token must be the last one of the vocabulary.")
         self.encoder = Encoder(model.transcriber)
         self.predictor = Predictor(model.predictor)
         self.joiner = model.joiner.linear
@@ -306,31 +311,40 @@ class Decoder(torch.nn.Module):
         # Whether one call of the encoder may hold several utterances; see ``with_precision``.
         self.packs = True
 
-    def forward(self, features: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
+    def forward(self, input: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
         """Transcribe one utterance.
 
         Args:
-            features (Tensor): (T, 80) or (1, T, 80), right context included, as the bundle's extractor gives them.
-            length (Tensor): () or (1,), the number of frames; as in torchaudio, all of ``features`` is taken.
+            input (Tensor): features (T, 80) or (1, T, 80), right context included, as the bundle's extractor gives
+                them.
+            length (Tensor): () or (1,), the number of frames; as in torchaudio, all of ``input`` is taken.
             beam_width (int): hypotheses kept after each frame; at most the number of non-blank tokens.
 
         Returns:
             list[Hypothesis]: the best first: (tokens with the leading blank, predictor output, predictor
             state, score), see ``torchaudio.models.RNNTBeamSearch``.
         """
-        return self.decode([self._checked(features, length)], beam_width)[0].hypotheses
+        return self.decode([self._unbatched(input, length)], beam_width)[0].hypotheses
 
     @torch.jit.export
     def decode(self, features: list[torch.Tensor], beam_width: int) -> list[Beam]:
         """Transcribe many utterances of any lengths.
 
         Args:
-            features (list[Tensor]): (T, 80) each, right context included.
+            features (list[Tensor]): (T, 80) each, right context included, finite.
             beam_width (int): as in ``forward``.
 
         Returns:
             list[Beam]: one for each utterance.
+
+        Raises:
+            ValueError: features of another shape, or a beam width below 1.
         """
+        if beam_width < 1:
+            raise ValueError("beam_width must be at least 1")
+        for utterance in features:
+            if utterance.dim() != 2 or utterance.size(1) != self.encoder.input_dim:
+                raise ValueError("features must be of shape (T, D), D as the model's")
         beams = [self._first_beam()] * len(features)
         past = self.encoder.empty_past(1)
         for window in self._windows([self.encoder.segments(utterance) for utterance in features]):
@@ -342,7 +356,7 @@ class Decoder(torch.nn.Module):
     @torch.jit.export
     def infer(
         self,
-        features: torch.Tensor,
+        input: torch.Tensor,
         length: torch.Tensor,
         beam_width: int,
         state: list[list[torch.Tensor]] | None = None,
@@ -351,7 +365,7 @@ class Decoder(torch.nn.Module):
         """Transcribe one segment of a stream, going on from ``state`` and ``hypothesis``.
 
         Args:
-            features (Tensor): (T, 80) or (1, T, 80): one segment (16 frames) and its right context (4 frames).
+            input (Tensor): (T, 80) or (1, T, 80): one segment (16 frames) and its right context (4 frames).
             length (Tensor): () or (1,), the number of frames.
             beam_width (int): as in ``forward``.
             state (list[list[Tensor]] or None): what the call for the segment before returned; it is not changed.
@@ -361,9 +375,9 @@ class Decoder(torch.nn.Module):
             (list[Hypothesis], list[list[Tensor]]): the hypotheses and the encoder's state after this segment: the
             number of segments, then each layer's keys and values.
         """
-        features = self._checked(features, length)
-        if features.size(0) // self.encoder.stride != self.encoder.width:
-            raise ValueError("features must hold one segment and its right context")
+        features = self._unbatched(input, length)
+        if features.size(0) // self.encoder.stride != self.encoder.width or features.size(1) != self.encoder.input_dim:
+            raise ValueError("input must hold the features of one segment and its right context")
         if state is None:
             index, past = torch.zeros(1, 1, dtype=torch.int64, device=features.device), self.encoder.empty_past(1)
         else:
@@ -374,13 +388,13 @@ class Decoder(torch.nn.Module):
         beam = self._search(encodings[0], beam, beam_width)
         return beam.hypotheses, [[index + 1]] + [[layer] for layer in past]
 
-    def _checked(self, features: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def _unbatched(self, input: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """(T, 80) of what ``forward`` or ``infer`` was given."""
-        if features.dim() != 2 and not (features.dim() == 3 and features.size(0) == 1):
-            raise ValueError("features must be of shape (T, D) or (1, T, D)")
+        if input.dim() != 2 and not (input.dim() == 3 and input.size(0) == 1):
+            raise ValueError("input must be of shape (T, D) or (1, T, D)")
         if length.numel() != 1:
             raise ValueError("length must be of shape () or (1,)")
-        return features if features.dim() == 2 else features[0]
+        return input if input.dim() == 2 else input[0]
 
     def _windows(self, segments: list[int]) -> list[list[tuple[int, int, int]]]:
         """Share utterances of these many segments out to windows of about one size.
@@ -507,7 +521,7 @@ class Decoder(torch.nn.Module):
     ) -> list[Path]:
         """The ``beam_width`` best extensions of ``paths`` by a token, of those that beat ``threshold``."""
         # A path whose best token does not beat the threshold has none that does: at most frames nothing is left,
-        # and the vocabulary is not looked at.
+        # and nothing has to be sorted.
         growing = torch.jit.annotate(list[Path], [])
         for path in paths:
             if float32(path.score + path.best[t - path.start]) > threshold:
@@ -545,7 +559,7 @@ class Decoder(torch.nn.Module):
         """``paths``, each with its log-probabilities for frame ``t``.
 
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
-        same product and keeps them for as long as it lives.
+        same product and keeps them for as long as it lives. (At int8, what shares a call rounds a little otherwise.)
         """
         missing: list[torch.Tensor] = []
         for path in paths:
@@ -599,6 +613,8 @@ def with_score(path: Path, score: float) -> Path:
 
 def float32(number: float) -> float:
     """Round to single precision, as ``RNNTBeamSearch`` does with every score (Dekker 1971, Veltkamp's splitting)."""
+    if math.isinf(number):
+        return number
     scaled = 536870913.0 * number  # 2 ** 29 + 1: double has 29 bits more than single
     return scaled - (scaled - number)
 
@@ -638,7 +654,10 @@ class PackedLinear(torch.nn.Module):
 
 
 class BFloat16Linear(torch.nn.Module):
-    """A linear layer that multiplies in bfloat16, on a CPU by oneDNN; its input and output keep the caller's type."""
+    """A linear layer that multiplies in bfloat16; its input and output keep the caller's type.
+
+    On a CPU with AVX-512 oneDNN computes it with weights that it packs, after which it cannot be saved any more.
+    """
 
     packed: list[torch.Tensor]
 
@@ -650,7 +669,7 @@ class BFloat16Linear(torch.nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.to(self.weight.dtype)
-        if input.device.type != "cpu":
+        if input.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return torch.nn.functional.linear(rows, self.weight, self.bias).to(input.dtype)
         if len(self.packed) == 0:
             self.packed.append(torch.ops.mkldnn._reorder_linear_weight(self.weight, None))
@@ -658,7 +677,7 @@ class BFloat16Linear(torch.nn.Module):
 
 
 def with_precision(decoder: Decoder, precision: str) -> Decoder:
-    """Convert the linear layers of ``decoder``, the predictor's LSTM included, in place where it can be.
+    """Convert the linear layers of ``decoder``, the predictor's LSTM included; the model it was made of changes, too.
 
     Args:
         decoder (Decoder): in evaluation mode.
@@ -667,7 +686,12 @@ def with_precision(decoder: Decoder, precision: str) -> Decoder:
 
     Returns:
         Decoder: the engine; everything but the linear layers stays float32.
+
+    Raises:
+        ValueError: there is no such precision.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}.")
     # What shares a call with an int8 row changes its scale and so its result, and bfloat16 rounds whatever small
     # difference a product of another size makes: there, a call holds one utterance, so that it gives the same
     # result alone and in a batch.

@@ -149,10 +149,12 @@ class ModelHandler:
         """
         started = time.perf_counter()
         answers: list[str | dict] = [{}] * len(data)
-        features = {}  # by place in the batch: of those requests whose audio can be read
+        features, seconds = {}, 0.0  # by place in the batch: of those requests whose audio can be read
         for index, request in enumerate(data):
             try:
-                features[index] = self._features(self._waveform(self._audio_bytes(request)))
+                waveform = self._waveform(self._audio_bytes(request))
+                features[index] = self._features(waveform)
+                seconds += len(waveform) / self.sample_rate
             except Exception as error:
                 answers[index] = self._error(index, context, error)
         for index, text in zip(features, self._transcribe([*features.values()]), strict=True):
@@ -161,7 +163,6 @@ class ModelHandler:
             else:
                 context.set_response_content_type(index, "text/plain; charset=utf-8")
                 answers[index] = text
-        seconds = sum(map(len, features.values())) * self.hop_samples / self.sample_rate
         elapsed = time.perf_counter() - started
         logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, elapsed)
         return answers
@@ -268,7 +269,7 @@ class ModelHandler:
             yield from resampler.resample(None)
 
     def _features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Features (T, 80) of a waveform (samples,) at ``self.sample_rate``, in bounded memory.
+        """Features (T, 80) of a waveform (samples,) at ``self.sample_rate``, piece by piece.
 
         Raises:
             RequestError: the samples are not finite, or too large to be squared.
@@ -289,11 +290,10 @@ class ModelHandler:
                 # The last piece keeps the frames of right context that the extractor puts behind everything.
                 stop = None if first + PIECE_HOPS > last else first - begin + PIECE_HOPS
                 pieces.append(piece[first - begin : stop])
-            features = torch.cat(pieces)
-        if not features.isfinite().all():  # it would spoil every score of the search
-            message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-        return features
+                if not piece.isfinite().all():  # it would spoil every score of the search
+                    message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
+                    raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+            return torch.cat(pieces)
 
     def _tokens(self, features: list[torch.Tensor]) -> list[list[int]]:
         """Tokens of the best hypothesis for each of ``features`` (T, 80)."""
@@ -312,4 +312,5 @@ class ModelHandler:
         except Exception as error:
             if len(features) == 1:
                 return [error]
+            logger.warning("A batch of %d failed and is taken one by one", len(features), exc_info=error)
             return [self._transcribe([utterance])[0] for utterance in features]
