@@ -313,13 +313,8 @@ def memory(name: str) -> int:
 
 def scaling(features: torch.Tensor, waveform: torch.Tensor) -> None:
     """Time and memory from seconds to an hour; writes scaling.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     print("\n             minutes   seconds  per second of audio  memory beside waveform and features (these)")
-    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    results: dict[str, list[tuple[float, float, float]]] = {}  # name -> (minutes, seconds, bytes)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(waveform, Path(folder) / "waveform.pt")
         bias = {precision: blank_bias(features, precision, 1) for precision in ("fp32", "int8")}
@@ -332,21 +327,34 @@ def scaling(features: torch.Tensor, waveform: torch.Tensor) -> None:
             ),
         ]
         for name, kind, path, lengths in models:
-            results = []
             for minutes in lengths:
-                result = in_a_process(kind, path, minutes, Path(folder) / "waveform.pt")
-                results.append(result)
+                once = in_a_process(kind, path, minutes, Path(folder) / "waveform.pt")
+                results.setdefault(name, []).append((minutes, once["seconds"], once["memory"]))
                 print(
-                    f"{name:12} {minutes:7.2f} {result['seconds']:9.1f} {result['seconds'] / minutes / 60:20.4f}"
-                    f"  {result['memory'] / 1e6:8.0f} MB ({result['own'] / 1e6:.0f} MB)",
+                    f"{name:12} {minutes:7.2f} {once['seconds']:9.1f} {once['seconds'] / minutes / 60:20.4f}"
+                    f"  {once['memory'] / 1e6:8.0f} MB ({once['own'] / 1e6:.0f} MB)",
                     flush=True,
                 )
-            time_axes.loglog(lengths, [result["seconds"] for result in results], "o-", label=name)
-            memory_axes.loglog(lengths, [result["memory"] / 1e9 for result in results], "o-", label=name)
+    draw(results)
+
+
+def draw(results: dict[str, list[tuple[float, float, float]]]) -> None:
+    """scaling.png, from (minutes, seconds, bytes) by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, points in results.items():
+        minutes, seconds, memories = zip(*points, strict=True)
+        time_axes.loglog(minutes, seconds, "o-", label=name)
+        memory_axes.semilogx(minutes, [own / 1e9 for own in memories], "o-", label=name)
+    memory_axes.set_ylim(bottom=0)
     for axes, label in ((time_axes, "seconds to transcribe"), (memory_axes, "GB beside waveform and features")):
-        axes.set(xlabel="minutes of audio", ylabel=label, xticks=[0.17, 1, 5, 20, 60])
+        axes.set(xlabel="minutes of audio", ylabel=label, xticks=SCALING_MINUTES)
         axes.set_xticklabels(["10 s", "1", "5", "20", "60"])
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"76.7 M parameters, beam width 1, one thread, {processor()}")
