@@ -21,7 +21,7 @@ from torchaudio.models import RNNT, Hypothesis
 PRECISIONS = ("fp32", "bf16", "int8")
 
 # Segments (of 160 ms) that one call of the encoder takes at most. With 5 to 15 s of audio in a call the weights
-# are read seldom enough; more costs memory and gains nothing (benchmarks/engine.py --windows).
+# are read seldom enough; more costs memory and gains nothing (benchmarks/engine.py windows).
 WINDOW_SEGMENTS = 96
 # Segments whose queries share one product in the attention: more are fewer products with more masked in them.
 BLOCK_SEGMENTS = 4
