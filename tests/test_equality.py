@@ -273,6 +273,23 @@ def test_minutes_of_audio_give_torchaudios_tokens(digits, engine, worker, sample
     assert_same_tokens(digits, engine, ((worker.handler._features(waveform), beam) for beam in (1, 4)))
 
 
+def test_speech_cut_at_every_boundary_gives_torchaudios_tokens(digits, features):
+    """1 to 9 encoder frames; one more and one less than segments, the left context, and windows of 8 segments."""
+    speech, engine = features["zero-to-nine.mp3"], scripted(digits)
+    engine.window_segments = 8
+    around = [5 * SEGMENT, LEFT_CONTEXT, LEFT_CONTEXT + SEGMENT, 8 * SEGMENT, 16 * SEGMENT]
+    search, emitted = RNNTBeamSearch(digits, BLANK), 0
+    with torch.inference_mode():
+        for frames in [*range(1, 10), *(length + more for length in around for more in (-1, 0, 1))]:
+            cut = speech[: STRIDE * (frames + 1)]
+            for beam_width in (1, 4):
+                expected = search(cut, torch.tensor([len(cut)]), beam_width)
+                found = engine(cut, torch.tensor([len(cut)]), beam_width)
+                assert [h[0] for h in found] == [h[0] for h in expected]
+                emitted += len(expected[0][0]) - 1
+    assert emitted > 50
+
+
 @pytest.mark.parametrize("frames", range(2 * STRIDE))
 def test_features_too_short_for_one_encoder_frame_give_no_token(engine, frames):
     with torch.inference_mode():
