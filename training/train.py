@@ -15,12 +15,15 @@ A run keeps ``checkpoint.pt`` (``polish.pt``) beside the clips and goes on from 
 import argparse
 import copy
 import dataclasses
+import io
+import itertools
 import json
 import math
 import random
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import sentencepiece
 import soundfile
@@ -61,49 +64,161 @@ STRIDE = ARCHITECTURE["time_reduction_stride"]
 PADDING = ARCHITECTURE["right_context_length"]
 
 CTC_STEPS = 400  # steps with the CTC loss alone, on clean clips of one or two words
-GROWTH = ((0.0, 2), (0.18, 4), (0.3, 7), (0.45, 12))  # share of the run, longest string in words
-POLISH_WORDS = 7  # longest string of a polishing run
-ROUGH_STEPS = 1000  # over these steps more and more of the utterances pass through recorded()
-REPEATS = 0.4  # how often a clip that begins with the last word said is made to follow it
-BATCH_FRAMES = 10_000  # feature frames (10 ms) a step
+ROUGH_STEPS = 1200  # over these steps more and more of the utterances pass through recorded()
+GROWTH = ((0.0, 2), (0.12, 4), (0.22, 7), (0.35, 12), (0.5, 16))  # share of the run, longest string in words
+SINGLE = 0.35  # share of the batches that hold single words only
+WITHOUT_DIGITS = 0.06  # share of the utterances in which nothing is to be written
+OTHER_WORDS = 0.05  # share of the utterances in which other words are said between the digits
+REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
+BATCH_FRAMES = 6_000  # feature frames (10 ms) a step, padding included
+MAX_SECONDS = 16.0
+# How often an engine's clips are drawn; the robotic ones less.
+ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
 
 
-def load_clips(folder: Path, split: str) -> dict[str, list[tuple[np.ndarray, list[str]]]]:
-    """Read the clips of ``split``: voice -> [(int16 samples at 16 kHz, words)]."""
-    voices: dict[str, list[tuple[np.ndarray, list[str]]]] = {}
+@dataclasses.dataclass
+class Clip:
+    """Samples (int16, 16 kHz), the words said, and where to cut (words + 1 places, in samples) if that is known."""
+
+    samples: np.ndarray
+    words: list[str]
+    voice: str
+    cuts: list[int] | None
+
+
+def loudness(samples: np.ndarray) -> np.ndarray:
+    """The peak of every 5 ms."""
+    return np.abs(samples[: len(samples) // 80 * 80].astype(np.float32)).reshape(-1, 80).max(1, initial=0.0)
+
+
+def cuts_at_pauses(samples: np.ndarray, count: int) -> list[int] | None:
+    """Cut in the middle of pauses of 90 ms or more, if there are ``count - 1`` of them."""
+    frames = loudness(samples)
+    loud = np.flatnonzero(frames > 0.02 * frames.max(initial=1.0))
+    pauses = [(a + b) // 2 * 80 for a, b in itertools.pairwise(loud) if b - a > 18]
+    return [0, *map(int, pauses), len(samples)] if len(pauses) == count - 1 else None
+
+
+def cuts_at_times(samples: np.ndarray, places: list[tuple[float, float]]) -> list[int]:
+    """Cut where it is quietest around the times at which the synthesiser began each word.
+
+    It lets a word be heard 30 to 50 ms before the time that it gives (measured on first words).
+    """
+    frames, cuts = loudness(samples), [0]
+    for (before, _), (start, _) in itertools.pairwise(places):
+        low = int(max(start - 0.13, before + 0.06) * 200)
+        window = np.convolve(frames[low : max(int((start - 0.01) * 200), low + 4)], np.ones(3), "same")
+        cuts.append((low + int(np.argmin(window))) * 80)
+    return [*cuts, len(samples)]
+
+
+def load_clips(folder: Path, split: str) -> list[Clip]:
+    """Read the clips of ``split``, without those that ``filter_clips.py`` found to be wrong."""
+    rejected = folder / "rejected.txt"
+    wrong = set(rejected.read_text().split()) if rejected.exists() else set()
+    clips = []
     for path in sorted(folder.glob(f"{split}-*.json")):
-        clip = json.loads(path.read_text())
+        if path.stem in wrong:
+            continue
+        described = json.loads(path.read_text())
         samples, _ = soundfile.read(path.with_suffix(".wav"), dtype="int16")
-        if np.abs(samples).max(initial=0) > 500:
-            voices.setdefault(clip["voice"], []).append((samples, clip["text"].split()))
-    return voices
+        if np.abs(samples).max(initial=0) <= 500:
+            continue
+        words = described["text"].split()
+        places = described["words"]
+        cuts = cuts_at_times(samples, places) if places else cuts_at_pauses(samples, len(words))
+        clips.append(Clip(samples, words, described["voice"], cuts))
+    return clips
 
 
 def trimmed(samples: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Cut the silence (40 dB under the peak) at both ends, leaving up to 0.1 s of it."""
-    loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
+    """Cut the silence (36 to 44 dB under the peak) at both ends, leaving up to 0.1 s of it."""
+    loud = np.flatnonzero(np.abs(samples) > rng.uniform(0.006, 0.015) * np.abs(samples).max())
+    if not len(loud):
+        return samples
     margin = int(rng.uniform(-0.01, 0.1) * SAMPLE_RATE)
     return samples[max(loud[0] - margin, 0) : loud[-1] + max(margin, 1)]
 
 
 def noise(length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
-    """Unit-power noise, its spectrum falling between 0 (white) and 6 dB (brown) per octave."""
+    """Unit-power noise: its spectrum falls between 0 (white) and 6 dB (brown) per octave; sometimes with hum."""
     spectrum = np.fft.rfft(generator.standard_normal(length, np.float32))
     spectrum /= np.maximum(np.arange(len(spectrum), dtype=np.float32), 50 * length / SAMPLE_RATE) ** rng.uniform(0, 1)
-    coloured = np.fft.irfft(spectrum, length)
-    return coloured / (coloured.std() + 1e-9)
+    wave = np.fft.irfft(spectrum, length)
+    wave /= wave.std() + 1e-9
+    if rng.random() < 0.15:
+        times = np.arange(length, dtype=np.float32) / SAMPLE_RATE
+        for harmonic in range(1, rng.randint(2, 8)):
+            wave += rng.uniform(0, 1) * np.sin(2 * np.pi * rng.choice([50, 60]) * harmonic * times)
+    if rng.random() < 0.2:  # noise that comes and goes
+        steps = np.interp(np.linspace(0, 9, length), np.arange(10), [rng.uniform(0.1, 1) for _ in range(10)])
+        wave *= steps
+    return (wave / (wave.std() + 1e-9)).astype(np.float32)
+
+
+def without_digits(clips: list[Clip], length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
+    """``length`` samples in which nobody says a digit: other words, tones, breath, noise or silence."""
+    kind = rng.random()
+    if kind < 0.6 and clips:
+        samples = rng.choice(clips).samples
+        start = rng.randint(0, max(len(samples) - length, 0))
+        return samples[start : start + length].astype(np.float32) / 32768
+    times = np.arange(length, dtype=np.float32) / SAMPLE_RATE
+    wave = np.zeros(length, np.float32)
+    if kind < 0.75:  # music, more or less: notes of a few harmonics
+        start = 0
+        while start < length:
+            stop = start + int(rng.uniform(0.08, 0.8) * SAMPLE_RATE)
+            for _ in range(rng.randint(1, 4)):
+                pitch = 65 * 2 ** rng.uniform(0, 4)
+                shape = np.exp(-rng.uniform(0, 6) * (times[start:stop] - times[start]))
+                for harmonic in range(1, rng.randint(2, 9)):
+                    wave[start:stop] += shape * np.sin(2 * np.pi * pitch * harmonic * times[start:stop]) / harmonic
+            start = stop
+    elif kind < 0.9:  # breath, wind, rustling, knocks: bursts of noise in a band
+        for _ in range(rng.randint(1, 6)):
+            size = int(rng.choice([0.02, 0.1, 0.5, 1.0]) * rng.uniform(0.5, 1.5) * SAMPLE_RATE)
+            start = rng.randrange(max(length - size, 1))
+            burst = noise(size, rng, generator) * np.hanning(size).astype(np.float32)
+            spectrum = np.fft.rfft(burst)
+            low = rng.uniform(0, 3000)
+            bins = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+            spectrum[(bins < low) | (bins > low + rng.uniform(500, 5000))] *= 0.1
+            burst = np.fft.irfft(spectrum, size)[: length - start] * rng.uniform(0.1, 1)
+            wave[start : start + len(burst)] += burst
+    elif kind < 0.97:
+        wave = noise(length, rng, generator)
+    return wave / (np.abs(wave).max() + 1e-9)
+
+
+def coded(wave: np.ndarray, codec: str, rate: int, bit_rate: int) -> np.ndarray:
+    """What is left of ``wave`` after ``codec`` (its delay stays in)."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp3" if codec == "mp3" else "ogg") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono", options={"b": str(bit_rate)})
+        frame = av.AudioFrame.from_ndarray(np.clip(wave, -1, 1)[None].astype(np.float32), format="fltp", layout="mono")
+        frame.rate = SAMPLE_RATE
+        for part in av.AudioResampler(stream.codec_context.format, "mono", rate).resample(frame):
+            part.pts = None
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    file.seek(0)
+    with av.open(file) as container:
+        resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
+        return np.concatenate([part.to_ndarray()[0] for part in [*frames, *resampler.resample(None)]])
 
 
 def filtered(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(wave) * response, len(wave))
 
 
-def recorded(wave: np.ndarray, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
+def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator: np.random.Generator) -> np.ndarray:
     """Put a clean wave through what a room, a microphone and a line do to it."""
-    if rng.random() < 0.5:  # pitch, formants and tempo together
+    if rng.random() < 0.35:  # pitch, formants and tempo together
         ratio = rng.choice([17, 18, 19, 21, 22, 23])
         wave = torchaudio.functional.resample(torch.from_numpy(wave), 20, ratio).numpy()
-    if rng.random() < 0.35:  # a room: exponentially decaying noise after the direct sound
+    if rng.random() < 0.4:  # a room: exponentially decaying noise after the direct sound
         decay = rng.uniform(0.05, 0.5)
         tail = generator.standard_normal(int(decay * SAMPLE_RATE), np.float32)
         tail *= 10 ** (-3 * np.arange(len(tail)) / len(tail)) * rng.uniform(0.01, 0.06)
@@ -112,69 +227,121 @@ def recorded(wave: np.ndarray, rng: random.Random, generator: np.random.Generato
         wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(tail, size), size)[: len(wave)]
     wave = np.pad(wave, (0, -len(wave) % 1600))  # a length that FFTs are fast at
     frequency = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE).astype(np.float32)
-    if rng.random() < 0.5:  # a microphone's tilt, in dB per octave around 1 kHz
-        tilt = rng.uniform(-5, 5) * np.log2(np.maximum(frequency, 60) / 1000)
-        wave = filtered(wave, 10 ** (np.clip(tilt, -20, 20) / 20))
+    if rng.random() < 0.7:  # a microphone: a tilt in dB per octave around 1 kHz, waves in its response, its low end
+        octaves = np.log2(np.maximum(frequency, 60) / 1000)
+        gain = rng.uniform(-5, 5) * octaves
+        for _ in range(rng.randint(0, 3)):
+            gain += rng.uniform(0, 5) * np.cos(2 * np.pi * (octaves * rng.uniform(0.2, 1.2) + rng.random()))
+        gain -= 10 * np.log10(1 + (rng.uniform(20, 300) / np.maximum(frequency, 1)) ** 4)
+        wave = filtered(wave, 10 ** (np.clip(gain, -30, 20) / 20))
     speech_power = np.sqrt(np.mean(wave**2)) + 1e-9
-    if rng.random() < 0.7:
-        snr = rng.uniform(5, 45)
-        wave = wave + noise(len(wave), rng, generator) * speech_power * 10 ** (-snr / 20)
+    if rng.random() < 0.75:
+        wave = wave + noise(len(wave), rng, generator) * speech_power * 10 ** (-rng.uniform(4, 45) / 20)
+    if rng.random() < 0.06 and others:  # somebody else in the background
+        other = rng.choice(others).samples.astype(np.float32)
+        other = np.resize(other, len(wave)) / (other.std() + 1e-9)
+        wave = wave + other * speech_power * 10 ** (-rng.uniform(12, 30) / 20)
     wave = wave / (np.abs(wave).max() + 1e-9)
     if rng.random() < 0.08:
         wave = np.clip(wave * rng.uniform(1.2, 4), -1, 1)
+    wave = wave * 10 ** (rng.uniform(-35, 0) / 20)
+    wave = np.round(wave * 32768) / 32768  # 16 bits
     # Band limits come last: a clip recorded at 8 kHz has nothing at all above 4 kHz.
     limit = rng.random()
-    if limit < 0.25:
+    if limit < 0.15:
         wave = filtered(wave, (frequency > rng.uniform(100, 350)) & (frequency < rng.uniform(3200, 3600)))
-    elif limit < 0.5:
-        wave = filtered(wave, frequency < 3950)
-    if rng.random() < 0.1:  # 8-bit mu-law, as on a telephone line
+    elif limit < 0.45:
+        wave = filtered(wave, frequency < rng.uniform(3800, 3980))
+    elif limit < 0.52:
+        wave = filtered(wave, frequency < rng.uniform(4500, 7500))
+    if rng.random() < 0.08:  # 8-bit mu-law, as on a telephone line
         compressed = np.sign(wave) * np.log1p(255 * np.abs(wave)) / math.log(256)
         compressed = np.round(compressed * 127) / 127
         wave = np.sign(compressed) * (256 ** np.abs(compressed) - 1) / 255
-    return wave / (np.abs(wave).max() + 1e-9) * 10 ** (rng.uniform(-30, 0) / 20)
+    elif rng.random() < 0.05:
+        if rng.random() < 0.5:
+            wave = coded(wave, "mp3", 16_000, rng.choice([16_000, 24_000, 32_000]))
+        else:
+            wave = coded(wave, "libopus", 48_000, rng.choice([8_000, 12_000, 16_000]))
+    return wave
+
+
+def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Another tempo and another vocal tract: the features, (frames, 80), stretched along both axes."""
+    frames, bins = features.shape
+    tract = rng.uniform(0.9, 1.12)
+    sources = (torch.arange(bins) * tract).clamp(max=bins - 1.0)
+    low = sources.long()
+    features = torch.lerp(features[:, low], features[:, (low + 1).clamp(max=bins - 1)], sources - low)
+    size = max(int(frames * rng.uniform(0.75, 1.25)), PADDING + 4)
+    stretched = torch.nn.functional.interpolate(features.T[None], size=size, mode="linear", align_corners=True)
+    return stretched[0].T.contiguous()
 
 
 class Batches(torch.utils.data.Dataset):
     """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths."""
 
-    def __init__(
-        self, voices: dict[str, list[tuple[np.ndarray, list[str]]]], steps: int, polish: bool, extractor
-    ) -> None:
-        self.voices, self.steps, self.polish, self.extractor = voices, steps, polish, extractor
-        self.names = list(voices)
-        # A voice with many clips is heard more often, but not in proportion.
-        self.weights = [math.sqrt(len(clips)) for clips in voices.values()]
+    def __init__(self, clips: list[Clip], steps: int, polish: bool, extractor: torch.nn.Module) -> None:
+        self.steps, self.polish, self.extractor = steps, polish, extractor
+        self.clips = [clip for clip in clips if clip.words]
+        self.others = [clip for clip in clips if not clip.words]
+        self.voices: dict[str, list[Clip]] = {}
+        for clip in self.clips:
+            self.voices.setdefault(clip.voice, []).append(clip)
+        weights = [ENGINE_WEIGHTS.get(clip.voice.partition("-")[0], 1.0) for clip in self.clips]
+        self.cumulated = list(itertools.accumulate(weights))
 
     def __len__(self) -> int:
         return self.steps
 
+    def piece(self, clips: list[Clip], wanted: int, rng: random.Random) -> tuple[np.ndarray, list[str]]:
+        """Up to ``wanted`` words that follow one another in one of ``clips``; nothing if it cannot be cut."""
+        clip = rng.choice(clips)
+        size = len(clip.words)
+        if clip.cuts is None:
+            return (clip.samples, clip.words) if size <= wanted else (clip.samples[:0], [])
+        count = rng.randint(1, min(size, wanted))
+        start = rng.randint(0, size - count)
+        return clip.samples[clip.cuts[start] : clip.cuts[start + count]], clip.words[start : start + count]
+
     def utterance(
         self, wanted: int, roughness: float, rng: random.Random, generator: np.random.Generator
     ) -> tuple[np.ndarray, list[str]]:
-        """About ``wanted`` words of one voice, put through ``recorded`` with probability ``roughness``."""
-        clips = self.voices[rng.choices(self.names, self.weights)[0]]
+        """``wanted`` words of one voice, put through ``recorded`` with probability ``roughness``."""
+        if roughness > 0.5 and rng.random() < WITHOUT_DIGITS:
+            length = int((0.3 + 0.5 * wanted * rng.uniform(0.5, 1)) * SAMPLE_RATE)
+            wave = without_digits(self.others, length, rng, generator)
+            return recorded(wave, [], rng, generator).astype(np.float32), []
+        [chosen] = rng.choices(self.clips, cum_weights=self.cumulated)
+        clips = self.voices[chosen.voice]
         pieces, words = [], []
-        widest = rng.choice([0.05, 0.3, 0.3, 1.0])
+        interrupted = roughness > 0.5 and wanted > 2 and rng.random() < OTHER_WORDS
+        widest = rng.choice([0.02, 0.1, 0.3, 0.3, 1.0])
         for _ in range(50):
-            samples, text = rng.choice(clips)
+            samples, text = self.piece([chosen] if not words else clips, wanted - len(words), rng)
             # A word said twice is what a transducer is slowest to learn: give it more of them than chance does.
             if words and rng.random() < REPEATS:
-                repeating = [clip for clip in clips if clip[1][0] == words[-1]]
-                samples, text = rng.choice(repeating or [(samples, text)])
-            if len(words) + len(text) <= wanted + 1:
-                piece = trimmed(samples, rng).astype(np.float32) / 32768
-                pieces += [np.zeros(int(rng.uniform(0, widest) * SAMPLE_RATE), np.float32), piece]
-                words += text
+                repeating = [clip for clip in clips if clip.cuts and words[-1] in clip.words]
+                if repeating:
+                    clip = rng.choice(repeating)
+                    place = rng.choice([i for i, word in enumerate(clip.words) if word == words[-1]])
+                    samples, text = clip.samples[clip.cuts[place] : clip.cuts[place + 1]], words[-1:]
+            if text:
+                piece = trimmed(samples, rng) if rng.random() < 0.8 else samples
+                pieces += [np.zeros(int(rng.uniform(0, widest) * SAMPLE_RATE), np.float32)]
+                pieces += [piece.astype(np.float32) / 32768 * 10 ** (rng.uniform(-4, 4) / 20)]
+                words = words + text
+            if interrupted and self.others and rng.random() < 0.3:
+                pieces.append(rng.choice(self.others).samples[: 3 * SAMPLE_RATE].astype(np.float32) / 32768)
             if len(words) >= wanted:
                 break
         if not words:
             return self.utterance(wanted, roughness, rng, generator)
-        edge = 0.0 if rng.random() < 0.3 else 0.6
+        edge = 0.0 if rng.random() < 0.4 else 0.6
         silence = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32) for _ in range(2)]
         wave = np.concatenate([silence[0], *pieces[1:], silence[1]])
         if rng.random() < roughness:
-            wave = recorded(wave, rng, generator)
+            wave = recorded(wave, self.others, rng, generator)
         return wave.astype(np.float32), words
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -182,22 +349,33 @@ class Batches(torch.utils.data.Dataset):
         longest = max(words for share, words in GROWTH if step >= share * self.steps)
         roughness = min(1.0, max(0, step - CTC_STEPS) / ROUGH_STEPS)
         if self.polish:
-            longest, roughness = POLISH_WORDS, 1.0
+            longest, roughness = 16, 1.0
         elif step < CTC_STEPS:
             longest = 2
-        wanted = rng.randint(1, longest)  # one length a batch: little is padding
-        features, texts, frames = [], [], 0
-        while frames < BATCH_FRAMES and len(features) < 32:
+        # One length a batch: little is padding.
+        wanted = 1 if rng.random() < SINGLE else rng.randint(2, longest)
+        features, texts, longest = [], [], 0
+        while longest * (len(features) + 1) < BATCH_FRAMES and len(features) < 80:
             wave, words = self.utterance(wanted, roughness, rng, generator)
-            if len(wave) < 0.2 * SAMPLE_RATE or len(wave) > 20 * SAMPLE_RATE:
+            if not 0.15 < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
                 continue
             with torch.no_grad():
-                features.append(self.extractor(torch.from_numpy(wave))[0])
-            if rng.random() < 0.3:  # SpecAugment, one band of mel bins
-                low, width = rng.randrange(70), rng.randint(1, 10)
-                features[-1][:, low : low + width] = 0.0
+                utterance = self.extractor(torch.from_numpy(wave))[0]
+            if rng.random() < 0.5 * roughness:
+                utterance = warped(utterance, rng)
+            if rng.random() < 0.5 * roughness:  # SpecAugment: bands of mel bins, and moments
+                for _ in range(rng.randint(1, 2)):
+                    low, width = rng.randrange(72), rng.randint(1, 12)
+                    utterance[:, low : low + width] = 0.0
+                if rng.random() < 0.4:
+                    start = rng.randrange(len(utterance))
+                    utterance[start : start + rng.randint(1, 6)] = 0.0
+            # Every word needs a frame of the encoder of its own, or the loss is infinite for CTC.
+            if (len(utterance) - PADDING) // STRIDE < len(words):
+                continue
+            features.append(utterance)
             texts.append(torch.tensor([3 + WORDS.index(word) for word in words], dtype=torch.int32))
-            frames += len(features[-1])
+            longest = max(longest, len(utterance))
         # The extractor's last four frames are right context: they are not counted in the length.
         lengths = torch.tensor([len(f) - PADDING for f in features], dtype=torch.int32)
         return (
@@ -225,10 +403,10 @@ def write_tokenizer(path: Path) -> None:
     assert [pieces.id_to_piece(3 + i) for i in range(len(WORDS))] == ["\u2581" + word for word in WORDS]
 
 
-def write_global_stats(path: Path, voices: dict[str, list[tuple[np.ndarray, list[str]]]]) -> None:
+def write_global_stats(path: Path, clips: list[Clip]) -> None:
     """Measure mean and inverse standard deviation of every mel bin over 600 augmented utterances."""
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
-    batches = Batches(voices, 1, True, feature_extractor(path))
+    batches = Batches(clips, 1, True, feature_extractor(path))
     rng, generator = random.Random("stats"), np.random.default_rng(0)
     waves = [batches.utterance(rng.randint(1, 8), 1.0, rng, generator)[0] for _ in range(600)]
     frames = torch.cat([batches.extractor(torch.from_numpy(wave))[0][:-PADDING] for wave in waves]).double()
@@ -248,19 +426,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("../models/digits"))
     parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
     parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(2)
 
-    voices = load_clips(args.clips, "train")
-    print(f"{sum(map(len, voices.values()))} clips of {len(voices)} voices", flush=True)
+    clips = load_clips(args.clips, "train")
+    hours = sum(len(clip.samples) for clip in clips) / SAMPLE_RATE / 3600
+    print(f"{len(clips)} clips, {hours:.1f} h, {len({clip.voice for clip in clips})} voices", flush=True)
     tokenizer, stats = args.output / "tokenizer.model", args.output / "global_stats.json"
     if not tokenizer.exists():
         write_tokenizer(tokenizer)
     if not stats.exists():
-        write_global_stats(stats, voices)
+        write_global_stats(stats, clips)
     (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
 
     model = emformer_rnnt_model(**ARCHITECTURE)
@@ -281,7 +461,7 @@ def main() -> None:
         first = saved.pop("step")
         for name, part in trained.items():
             part.load_state_dict(saved[name])
-    batches = Batches(voices, args.steps, args.polish is not None, feature_extractor(stats))
+    batches = Batches(clips, args.steps, args.polish is not None, feature_extractor(stats))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(batches, range(first, args.steps)), batch_size=None, num_workers=1, prefetch_factor=8
     )
@@ -294,7 +474,7 @@ def main() -> None:
 
     started, losses = time.time(), []
     for step, (features, lengths, targets, target_lengths) in enumerate(loader, start=first):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             encoded, frames = model.transcribe(features, lengths)
         encoded, frames = encoded.float(), frames.int()
         log_probs = ctc_head(encoded).log_softmax(2)
@@ -308,7 +488,7 @@ def main() -> None:
             transducer = torchaudio.functional.rnnt_loss(
                 logits, targets, frames, target_lengths, blank=BLANK, reduction="none"
             )
-            loss = (0.0 if args.polish else 0.3) * loss + (transducer / target_lengths).mean()
+            loss = 0.3 * loss + (transducer / target_lengths.clamp(min=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
