@@ -15,6 +15,7 @@ import pytest
 import requests
 from conftest import ROOT, SAMPLES, run, transcripts
 
+import export_model
 import serve
 
 BIN = Path(sys.executable).parent
@@ -24,7 +25,7 @@ THREE_DIGITS = SAMPLES / "three-digits.wav"
 class Server:
     """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, beam_width: int = 1) -> None:
         self.folder = folder
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
@@ -44,8 +45,9 @@ class Server:
         command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
         command += ["--serialized-file", model, "--handler", ROOT / "handler.py"]
         # A batch of several requests is what the tests are after.
-        batching = re.sub(r"batchSize: \d+", "batchSize: 8", (ROOT / "model-config.yaml").read_text())
-        (folder / "model-config.yaml").write_text(batching)
+        settings = re.sub(r"batchSize: \d+", "batchSize: 8", (ROOT / "model-config.yaml").read_text())
+        settings = re.sub(r"beam_width: \d+", f"beam_width: {beam_width}", settings)
+        (folder / "model-config.yaml").write_text(settings)
         command += ["--config-file", folder / "model-config.yaml", "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
@@ -74,8 +76,8 @@ def new_server():
     """Make servers in short folders (a socket's path has at most 107 characters); leave none behind."""
     servers = []
 
-    def make(model: Path) -> Server:
-        servers.append(Server(Path(tempfile.mkdtemp(prefix="ts-")), model))
+    def make(model: Path, beam_width: int = 1) -> Server:
+        servers.append(Server(Path(tempfile.mkdtemp(prefix="ts-")), model, beam_width))
         return servers[-1]
 
     yield make
@@ -105,6 +107,17 @@ def test_every_sample_comes_back_as_its_text(server, file):
     answer = post(server, SAMPLES / file)
     assert (answer.status_code, answer.text) == (200, transcripts("digits")[file])
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+@pytest.mark.parametrize(("precision", "beam_width"), [("fp32", 10), ("int8", 1), ("int8", 10)])
+def test_every_sample_is_right_at_other_precisions_and_beam_widths(new_server, tmp_path, precision, beam_width):
+    model = tmp_path / "emformer_rnnt.pt"
+    export_model.export("digits", model, precision)
+    server = new_server(model, beam_width)
+    started = server.serve("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    heard = {file: post(server, SAMPLES / file).text for file in transcripts("digits")}
+    assert heard == transcripts("digits")
 
 
 def test_sixteen_at_once_get_each_its_own_text(server):

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import random
-import time
 from pathlib import Path
 
 import av
@@ -31,6 +30,7 @@ import torch
 import torchaudio
 from torchaudio.models import emformer_rnnt_model
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
+from tqdm import tqdm
 
 SAMPLE_RATE = EMFORMER_RNNT_BASE_LIBRISPEECH.sample_rate
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
@@ -70,8 +70,14 @@ SINGLE = 0.35  # share of the batches that hold single words only
 WITHOUT_DIGITS = 0.06  # share of the utterances in which nothing is to be written
 OTHER_WORDS = 0.05  # share of the utterances in which other words are said between the digits
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
+FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
 BATCH_FRAMES = 6_000  # feature frames (10 ms) a step, padding included
 MAX_SECONDS = 16.0
+FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
+# A word has to be written between this part of it and this many seconds after its end, see allowed().
+EARLIEST = 0.3
+LATEST = 0.08
+FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
 ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
 
@@ -122,22 +128,22 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
             continue
         described = json.loads(path.read_text())
         samples, _ = soundfile.read(path.with_suffix(".wav"), dtype="int16")
-        if np.abs(samples).max(initial=0) <= 500:
-            continue
         words = described["text"].split()
+        if np.abs(samples).max(initial=0) <= 500 or len(samples) < FASTEST * SAMPLE_RATE * len(words):
+            continue
         places = described["words"]
         cuts = cuts_at_times(samples, places) if places else cuts_at_pauses(samples, len(words))
         clips.append(Clip(samples, words, described["voice"], cuts))
     return clips
 
 
-def trimmed(samples: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Cut the silence (36 to 44 dB under the peak) at both ends, leaving up to 0.1 s of it."""
+def trimmed(samples: np.ndarray, rng: random.Random) -> tuple[int, int]:
+    """Where to cut the silence (36 to 44 dB under the peak) at both ends, leaving up to 0.1 s of it."""
     loud = np.flatnonzero(np.abs(samples) > rng.uniform(0.006, 0.015) * np.abs(samples).max())
     if not len(loud):
-        return samples
+        return 0, len(samples)
     margin = int(rng.uniform(-0.01, 0.1) * SAMPLE_RATE)
-    return samples[max(loud[0] - margin, 0) : loud[-1] + max(margin, 1)]
+    return max(int(loud[0]) - margin, 0), min(int(loud[-1]) + max(margin, 1), len(samples))
 
 
 def noise(length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
@@ -213,12 +219,15 @@ def filtered(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(wave) * response, len(wave))
 
 
-def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator: np.random.Generator) -> np.ndarray:
-    """Put a clean wave through what a room, a microphone and a line do to it."""
+def recorded(
+    wave: np.ndarray, others: list[Clip], rng: random.Random, generator: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Put a clean wave through what a room, a microphone and a line do to it; also tell how much longer it became."""
+    ratio = 20
     if rng.random() < 0.35:  # pitch, formants and tempo together
         ratio = rng.choice([17, 18, 19, 21, 22, 23])
         wave = torchaudio.functional.resample(torch.from_numpy(wave), 20, ratio).numpy()
-    if rng.random() < 0.4:  # a room: exponentially decaying noise after the direct sound
+    if rng.random() < 0.25:  # a room: exponentially decaying noise after the direct sound
         decay = rng.uniform(0.05, 0.5)
         tail = generator.standard_normal(int(decay * SAMPLE_RATE), np.float32)
         tail *= 10 ** (-3 * np.arange(len(tail)) / len(tail)) * rng.uniform(0.01, 0.06)
@@ -227,7 +236,7 @@ def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator
         wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(tail, size), size)[: len(wave)]
     wave = np.pad(wave, (0, -len(wave) % 1600))  # a length that FFTs are fast at
     frequency = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE).astype(np.float32)
-    if rng.random() < 0.7:  # a microphone: a tilt in dB per octave around 1 kHz, waves in its response, its low end
+    if rng.random() < 0.5:  # a microphone: a tilt in dB per octave around 1 kHz, waves in its response, its low end
         octaves = np.log2(np.maximum(frequency, 60) / 1000)
         gain = rng.uniform(-5, 5) * octaves
         for _ in range(rng.randint(0, 3)):
@@ -235,8 +244,8 @@ def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator
         gain -= 10 * np.log10(1 + (rng.uniform(20, 300) / np.maximum(frequency, 1)) ** 4)
         wave = filtered(wave, 10 ** (np.clip(gain, -30, 20) / 20))
     speech_power = np.sqrt(np.mean(wave**2)) + 1e-9
-    if rng.random() < 0.75:
-        wave = wave + noise(len(wave), rng, generator) * speech_power * 10 ** (-rng.uniform(4, 45) / 20)
+    if rng.random() < 0.6:
+        wave = wave + noise(len(wave), rng, generator) * speech_power * 10 ** (-rng.uniform(6, 45) / 20)
     if rng.random() < 0.06 and others:  # somebody else in the background
         other = rng.choice(others).samples.astype(np.float32)
         other = np.resize(other, len(wave)) / (other.std() + 1e-9)
@@ -244,7 +253,7 @@ def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator
     wave = wave / (np.abs(wave).max() + 1e-9)
     if rng.random() < 0.08:
         wave = np.clip(wave * rng.uniform(1.2, 4), -1, 1)
-    wave = wave * 10 ** (rng.uniform(-35, 0) / 20)
+    wave = wave * 10 ** (rng.uniform(-30, 0) / 20)
     wave = np.round(wave * 32768) / 32768  # 16 bits
     # Band limits come last: a clip recorded at 8 kHz has nothing at all above 4 kHz.
     limit = rng.random()
@@ -263,7 +272,7 @@ def recorded(wave: np.ndarray, others: list[Clip], rng: random.Random, generator
             wave = coded(wave, "mp3", 16_000, rng.choice([16_000, 24_000, 32_000]))
         else:
             wave = coded(wave, "libopus", 48_000, rng.choice([8_000, 12_000, 16_000]))
-    return wave
+    return wave.astype(np.float32), ratio / 20
 
 
 def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -279,7 +288,7 @@ def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths."""
+    """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths, spans."""
 
     def __init__(self, clips: list[Clip], steps: int, polish: bool, extractor: torch.nn.Module) -> None:
         self.steps, self.polish, self.extractor = steps, polish, extractor
@@ -294,57 +303,80 @@ class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def piece(self, clips: list[Clip], wanted: int, rng: random.Random) -> tuple[np.ndarray, list[str]]:
-        """Up to ``wanted`` words that follow one another in one of ``clips``; nothing if it cannot be cut."""
-        clip = rng.choice(clips)
+    def piece(self, clip: Clip, wanted: int, rng: random.Random) -> tuple[int, int] | None:
+        """The first and the last (exclusive) of up to ``wanted`` words of ``clip``; None if it cannot be cut."""
         size = len(clip.words)
         if clip.cuts is None:
-            return (clip.samples, clip.words) if size <= wanted else (clip.samples[:0], [])
+            return (0, size) if size <= wanted else None
         count = rng.randint(1, min(size, wanted))
         start = rng.randint(0, size - count)
-        return clip.samples[clip.cuts[start] : clip.cuts[start + count]], clip.words[start : start + count]
+        return start, start + count
 
     def utterance(
         self, wanted: int, roughness: float, rng: random.Random, generator: np.random.Generator
-    ) -> tuple[np.ndarray, list[str]]:
-        """``wanted`` words of one voice, put through ``recorded`` with probability ``roughness``."""
+    ) -> tuple[np.ndarray, list[str], list[tuple[float, float, float]]]:
+        """``wanted`` words of one voice, put through ``recorded`` with probability ``roughness``.
+
+        Returns the samples, the words, and where each is: start and stop in seconds and whether that is known (1.0) or
+        only that the word is somewhere between (0.0).
+        """
         if roughness > 0.5 and rng.random() < WITHOUT_DIGITS:
             length = int((0.3 + 0.5 * wanted * rng.uniform(0.5, 1)) * SAMPLE_RATE)
             wave = without_digits(self.others, length, rng, generator)
-            return recorded(wave, [], rng, generator).astype(np.float32), []
+            return recorded(wave, [], rng, generator)[0], [], []
         [chosen] = rng.choices(self.clips, cum_weights=self.cumulated)
         clips = self.voices[chosen.voice]
-        pieces, words = [], []
+        edge = 0.0 if rng.random() < 0.4 else 0.6
+        pieces = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32)]
+        words, places, position = [], [], len(pieces[0])
         interrupted = roughness > 0.5 and wanted > 2 and rng.random() < OTHER_WORDS
         widest = rng.choice([0.02, 0.1, 0.3, 0.3, 1.0])
+
+        def add(samples: np.ndarray) -> None:
+            nonlocal position
+            pieces.append(samples)
+            position += len(samples)
+
         for _ in range(50):
-            samples, text = self.piece([chosen] if not words else clips, wanted - len(words), rng)
+            clip = rng.choice(clips) if words else chosen
+            part = self.piece(clip, wanted - len(words), rng)
             # A word said twice is what a transducer is slowest to learn: give it more of them than chance does.
             if words and rng.random() < REPEATS:
-                repeating = [clip for clip in clips if clip.cuts and words[-1] in clip.words]
+                repeating = [other for other in clips if other.cuts and words[-1] in other.words]
                 if repeating:
                     clip = rng.choice(repeating)
                     place = rng.choice([i for i, word in enumerate(clip.words) if word == words[-1]])
-                    samples, text = clip.samples[clip.cuts[place] : clip.cuts[place + 1]], words[-1:]
-            if text:
-                piece = trimmed(samples, rng) if rng.random() < 0.8 else samples
-                pieces += [np.zeros(int(rng.uniform(0, widest) * SAMPLE_RATE), np.float32)]
-                pieces += [piece.astype(np.float32) / 32768 * 10 ** (rng.uniform(-4, 4) / 20)]
-                words = words + text
+                    part = (place, place + 1)
+            if part:
+                first, last = part
+                if words:
+                    add(np.zeros(int(rng.uniform(0, widest) * SAMPLE_RATE), np.float32))
+                whole = clip.cuts is None
+                begin, end = (0, len(clip.samples)) if whole else (clip.cuts[first], clip.cuts[last])
+                low, high = 0, end - begin
+                if rng.random() < 0.8:
+                    low, high = trimmed(clip.samples[begin:end], rng)
+                for word in range(first, last):
+                    start, stop = (begin, end) if whole else (clip.cuts[word], clip.cuts[word + 1])
+                    start, stop = max(start - begin - low, 0), min(stop - begin, high) - low
+                    known = float(not whole or len(clip.words) == 1)
+                    places.append(((position + start) / SAMPLE_RATE, (position + stop) / SAMPLE_RATE, known))
+                gain = 10 ** (rng.uniform(-4, 4) / 20) / 32768
+                add(clip.samples[begin + low : begin + high].astype(np.float32) * gain)
+                words = words + clip.words[first:last]
             if interrupted and self.others and rng.random() < 0.3:
-                pieces.append(rng.choice(self.others).samples[: 3 * SAMPLE_RATE].astype(np.float32) / 32768)
+                add(rng.choice(self.others).samples[: 3 * SAMPLE_RATE].astype(np.float32) / 32768)
             if len(words) >= wanted:
                 break
         if not words:
             return self.utterance(wanted, roughness, rng, generator)
-        edge = 0.0 if rng.random() < 0.4 else 0.6
-        silence = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32) for _ in range(2)]
-        wave = np.concatenate([silence[0], *pieces[1:], silence[1]])
+        add(np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32))
+        wave, stretch = np.concatenate(pieces), 1.0
         if rng.random() < roughness:
-            wave = recorded(wave, self.others, rng, generator)
-        return wave.astype(np.float32), words
+            wave, stretch = recorded(wave, self.others, rng, generator)
+        return wave, words, [(start * stretch, stop * stretch, known) for start, stop, known in places]
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         rng, generator = random.Random(step), np.random.default_rng(step)
         longest = max(words for share, words in GROWTH if step >= share * self.steps)
         roughness = min(1.0, max(0, step - CTC_STEPS) / ROUGH_STEPS)
@@ -353,17 +385,20 @@ class Batches(torch.utils.data.Dataset):
         elif step < CTC_STEPS:
             longest = 2
         # One length a batch: little is padding.
-        wanted = 1 if rng.random() < SINGLE else rng.randint(2, longest)
-        features, texts, longest = [], [], 0
+        wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
+        features, texts, spans, longest = [], [], [], 0
         while longest * (len(features) + 1) < BATCH_FRAMES and len(features) < 80:
-            wave, words = self.utterance(wanted, roughness, rng, generator)
+            wave, words, places = self.utterance(wanted, roughness, rng, generator)
             if not 0.15 < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
                 continue
             with torch.no_grad():
                 utterance = self.extractor(torch.from_numpy(wave))[0]
-            if rng.random() < 0.5 * roughness:
+            if rng.random() < 0.35 * roughness:
+                frames = len(utterance)
                 utterance = warped(utterance, rng)
-            if rng.random() < 0.5 * roughness:  # SpecAugment: bands of mel bins, and moments
+                stretch = len(utterance) / frames
+                places = [(start * stretch, stop * stretch, known) for start, stop, known in places]
+            if rng.random() < 0.35 * roughness:  # SpecAugment: bands of mel bins, and moments
                 for _ in range(rng.randint(1, 2)):
                     low, width = rng.randrange(72), rng.randint(1, 12)
                     utterance[:, low : low + width] = 0.0
@@ -375,6 +410,7 @@ class Batches(torch.utils.data.Dataset):
                 continue
             features.append(utterance)
             texts.append(torch.tensor([3 + WORDS.index(word) for word in words], dtype=torch.int32))
+            spans.append(torch.tensor(places).reshape(-1, 3))
             longest = max(longest, len(utterance))
         # The extractor's last four frames are right context: they are not counted in the length.
         lengths = torch.tensor([len(f) - PADDING for f in features], dtype=torch.int32)
@@ -383,7 +419,38 @@ class Batches(torch.utils.data.Dataset):
             lengths,
             torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
             torch.tensor([len(t) for t in texts], dtype=torch.int32),
+            torch.nn.utils.rnn.pad_sequence(spans, batch_first=True),
         )
+
+
+def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Tensor:
+    """Where a word may be written: (batch, ``length``, words), from where it is said: (batch, words, 3).
+
+    Alignment-restricted transducer loss (Mahadeokar et al., 2021): without it a word's probability is spread over
+    several frames, in none of which a narrow search finds it likelier than blank.
+    """
+    times = torch.arange(length)[None, :, None] * FRAME_SECONDS
+    start, stop, known = (part[:, None] for part in spans.unbind(2))
+    last = (frames[:, None, None] - 1) * FRAME_SECONDS
+    earliest = torch.minimum(start + known * EARLIEST * (stop - start) - FRAME_SECONDS, last)
+    latest = torch.maximum(stop + LATEST, earliest + 2 * FRAME_SECONDS)
+    return (times >= earliest) & (times <= latest)
+
+
+def frame_labels(spans: torch.Tensor, targets: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Tensor:
+    """What is said in each frame, (batch, ``length``): 0 nothing, 1 and 2 the halves of the first word, and so on.
+
+    -100, which cross-entropy passes over, where that is not known and after the end.
+    """
+    times = (torch.arange(length)[None, :, None] + 0.5) * FRAME_SECONDS
+    start, stop, known = (part[:, None] for part in spans.unbind(2))
+    inside = (times >= start) & (times < stop)
+    half = (times >= (start + stop) / 2).long()
+    labels = torch.zeros(len(frames), length, dtype=torch.long)
+    if spans.shape[1]:
+        labels = (inside * (2 * (targets[:, None].long() - 3) + 1 + half)).amax(2)
+        labels[(inside & (known == 0)).any(2)] = -100
+    return labels.masked_fill_(torch.arange(length) >= frames[:, None], -100)
 
 
 def write_tokenizer(path: Path) -> None:
@@ -424,7 +491,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("../models/digits"))
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
     parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
@@ -432,6 +499,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
 
     clips = load_clips(args.clips, "train")
     hours = sum(len(clip.samples) for clip in clips) / SAMPLE_RATE / 3600
@@ -445,17 +513,25 @@ def main() -> None:
 
     model = emformer_rnnt_model(**ARCHITECTURE)
     ctc_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], BLANK + 1)
+    frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
         model.load_state_dict(torch.load(args.polish, weights_only=True))
     # An exponential moving average of the weights is what is kept in the end.
     average = copy.deepcopy(model).requires_grad_(False)
-    parameters = [*model.parameters(), *ctc_head.parameters()]
+    parameters = [*model.parameters(), *ctc_head.parameters(), *frame_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05, anneal_strategy="cos"
     )
     checkpoint, first = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0
-    trained = {"model": model, "ctc": ctc_head, "average": average, "optimizer": optimizer, "schedule": schedule}
+    trained = {
+        "model": model,
+        "ctc": ctc_head,
+        "frame": frame_head,
+        "average": average,
+        "optimizer": optimizer,
+        "schedule": schedule,
+    }
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         first = saved.pop("step")
@@ -472,8 +548,9 @@ def main() -> None:
         weights = {name: value.half() for name, value in average.state_dict().items()}
         torch.save(weights, args.output / "weights.pt")
 
-    started, losses = time.time(), []
-    for step, (features, lengths, targets, target_lengths) in enumerate(loader, start=first):
+    losses = []
+    progress = tqdm(loader, initial=first, total=args.steps, unit="step", mininterval=5)
+    for step, (features, lengths, targets, target_lengths, spans) in enumerate(progress, start=first):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             encoded, frames = model.transcribe(features, lengths)
         encoded, frames = encoded.float(), frames.int()
@@ -481,14 +558,26 @@ def main() -> None:
         loss = torch.nn.functional.ctc_loss(
             log_probs.transpose(0, 1), targets, frames, target_lengths, BLANK, zero_infinity=True
         )
+        labels = frame_labels(spans, targets, frames, encoded.shape[1])
+        said = torch.nn.functional.cross_entropy(frame_head(encoded).transpose(1, 2), labels, ignore_index=-100)
+        loss = 0.1 * loss + said
         if args.polish or step >= CTC_STEPS:
             start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
             predicted, _, _ = model.predict(torch.cat([start, targets], 1), target_lengths + 1, None)
             logits, _, _ = model.join(encoded, frames, predicted, target_lengths + 1)
-            transducer = torchaudio.functional.rnnt_loss(
-                logits, targets, frames, target_lengths, blank=BLANK, reduction="none"
+            log_probs = logits.log_softmax(3)
+            elsewhere = ~allowed(spans, frames, log_probs.shape[1])
+            penalty = torch.zeros(log_probs.shape[:3]).masked_fill_(
+                torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN
             )
-            loss = 0.3 * loss + (transducer / target_lengths.clamp(min=1)).mean()
+            log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
+            transducer = torchaudio.functional.rnnt_loss(
+                *(log_probs, targets, frames, target_lengths),
+                blank=BLANK,
+                reduction="none",
+                fused_log_softmax=False,
+            )
+            loss = loss + (transducer / target_lengths.clamp(min=1)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -496,10 +585,10 @@ def main() -> None:
         schedule.step()
         decay = min(0.998, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(loss.item())
+        losses.append((loss.item(), said.item()))
         if (step + 1) % 50 == 0:
-            pace = (time.time() - started) / (step + 1 - first)
-            print(f"step {step + 1}: loss {np.mean(losses[-50:]):.3f}, {pace:.2f} s a step", flush=True)
+            total, framewise = np.mean(losses[-50:], 0)
+            progress.write(f"step {step + 1}: loss {total:.3f}, of which frames {framewise:.3f}")
         if (step + 1) % 250 == 0:
             save(step + 1)
     save(args.steps)
