@@ -223,7 +223,7 @@ def speak_kokoro(
         style = mixed_style(voices, [name for name in voices if name not in HELD_OUT], row, rng)
     else:
         style = voices[voice][row]
-    speed = 1.0 if voice in HELD_OUT else 0.75 * 2.4 ** rng.random()
+    speed = 1.0 if voice in HELD_OUT else 0.75 * 2.0 ** rng.random()
     inputs = {
         "tokens": np.array([[0, *tokens, 0]]),
         "style": style[None],

@@ -38,14 +38,14 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 # Segment, right context, time reduction, left context and memory are those of emformer_rnnt_base.
 ARCHITECTURE = {
     "input_dim": 80,
-    "encoding_dim": 256,
+    "encoding_dim": 192,
     "num_symbols": len(WORDS) + 4,  # the words, SentencePiece's <unk> <s> </s>, and blank, which is last
     "segment_length": 16,
     "right_context_length": 4,
-    "time_reduction_input_dim": 64,
+    "time_reduction_input_dim": 48,
     "time_reduction_stride": 4,
     "transformer_num_heads": 4,
-    "transformer_ffn_dim": 512,
+    "transformer_ffn_dim": 384,
     "transformer_num_layers": 6,
     "transformer_dropout": 0.0,
     "transformer_activation": "gelu",
@@ -63,20 +63,20 @@ BLANK = ARCHITECTURE["num_symbols"] - 1
 STRIDE = ARCHITECTURE["time_reduction_stride"]
 PADDING = ARCHITECTURE["right_context_length"]
 
-CTC_STEPS = 400  # steps with the CTC loss alone, on clean clips of one or two words
 ROUGH_STEPS = 1200  # over these steps more and more of the utterances pass through recorded()
-GROWTH = ((0.0, 2), (0.12, 4), (0.22, 7), (0.35, 12), (0.5, 16))  # share of the run, longest string in words
+GROWTH = ((0.0, 3), (0.1, 6), (0.25, 10), (0.5, 16))  # share of the run, longest string in words
 SINGLE = 0.35  # share of the batches that hold single words only
 WITHOUT_DIGITS = 0.06  # share of the utterances in which nothing is to be written
 OTHER_WORDS = 0.05  # share of the utterances in which other words are said between the digits
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
+HISTORY_NOISE = 0.3  # share of the words before that the predictor is told wrongly, see main()
 BATCH_FRAMES = 6_000  # feature frames (10 ms) a step, padding included
 MAX_SECONDS = 16.0
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
-# A word has to be written between this part of it and this many seconds after its end, see allowed().
-EARLIEST = 0.3
-LATEST = 0.08
+# A word has to be written from so many seconds before its end to so many after it, see allowed().
+EARLIEST = 0.1
+LATEST = 0.12
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
 ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
@@ -84,12 +84,16 @@ ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
 
 @dataclasses.dataclass
 class Clip:
-    """Samples (int16, 16 kHz), the words said, and where to cut (words + 1 places, in samples) if that is known."""
+    """Samples (int16, 16 kHz) and the words said.
+
+    If it is known, where to cut (words + 1 places, in samples) and where each word begins and ends to be loud.
+    """
 
     samples: np.ndarray
     words: list[str]
     voice: str
     cuts: list[int] | None
+    spans: list[tuple[int, int]]
 
 
 def loudness(samples: np.ndarray) -> np.ndarray:
@@ -118,6 +122,13 @@ def cuts_at_times(samples: np.ndarray, places: list[tuple[float, float]]) -> lis
     return [*cuts, len(samples)]
 
 
+def loud_part(samples: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """Where a word that was cut from ``begin`` to ``end`` is less than 26 dB under its peak."""
+    frames = loudness(samples[begin:end])
+    loud = np.flatnonzero(frames > 0.05 * frames.max(initial=1.0))
+    return (begin + int(loud[0]) * 80, begin + int(loud[-1] + 1) * 80) if len(loud) else (begin, end)
+
+
 def load_clips(folder: Path, split: str) -> list[Clip]:
     """Read the clips of ``split``, without those that ``filter_clips.py`` found to be wrong."""
     rejected = folder / "rejected.txt"
@@ -133,7 +144,8 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
             continue
         places = described["words"]
         cuts = cuts_at_times(samples, places) if places else cuts_at_pauses(samples, len(words))
-        clips.append(Clip(samples, words, described["voice"], cuts))
+        spans = [loud_part(samples, *ends) for ends in itertools.pairwise(cuts)] if cuts else []
+        clips.append(Clip(samples, words, described["voice"], cuts, spans))
     return clips
 
 
@@ -357,7 +369,7 @@ class Batches(torch.utils.data.Dataset):
                 if rng.random() < 0.8:
                     low, high = trimmed(clip.samples[begin:end], rng)
                 for word in range(first, last):
-                    start, stop = (begin, end) if whole else (clip.cuts[word], clip.cuts[word + 1])
+                    start, stop = (begin, end) if whole else clip.spans[word]
                     start, stop = max(start - begin - low, 0), min(stop - begin, high) - low
                     known = float(not whole or len(clip.words) == 1)
                     places.append(((position + start) / SAMPLE_RATE, (position + stop) / SAMPLE_RATE, known))
@@ -379,11 +391,9 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         rng, generator = random.Random(step), np.random.default_rng(step)
         longest = max(words for share, words in GROWTH if step >= share * self.steps)
-        roughness = min(1.0, max(0, step - CTC_STEPS) / ROUGH_STEPS)
+        roughness = min(1.0, step / ROUGH_STEPS)
         if self.polish:
             longest, roughness = 16, 1.0
-        elif step < CTC_STEPS:
-            longest = 2
         # One length a batch: little is padding.
         wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
         features, texts, spans, longest = [], [], [], 0
@@ -432,7 +442,7 @@ def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Ten
     times = torch.arange(length)[None, :, None] * FRAME_SECONDS
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     last = (frames[:, None, None] - 1) * FRAME_SECONDS
-    earliest = torch.minimum(start + known * EARLIEST * (stop - start) - FRAME_SECONDS, last)
+    earliest = torch.minimum(torch.where(known > 0, stop - EARLIEST, start), last) - FRAME_SECONDS
     latest = torch.maximum(stop + LATEST, earliest + 2 * FRAME_SECONDS)
     return (times >= earliest) & (times <= latest)
 
@@ -512,13 +522,12 @@ def main() -> None:
     (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
 
     model = emformer_rnnt_model(**ARCHITECTURE)
-    ctc_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], BLANK + 1)
     frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
         model.load_state_dict(torch.load(args.polish, weights_only=True))
     # An exponential moving average of the weights is what is kept in the end.
     average = copy.deepcopy(model).requires_grad_(False)
-    parameters = [*model.parameters(), *ctc_head.parameters(), *frame_head.parameters()]
+    parameters = [*model.parameters(), *frame_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05, anneal_strategy="cos"
@@ -526,7 +535,6 @@ def main() -> None:
     checkpoint, first = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0
     trained = {
         "model": model,
-        "ctc": ctc_head,
         "frame": frame_head,
         "average": average,
         "optimizer": optimizer,
@@ -548,36 +556,31 @@ def main() -> None:
         weights = {name: value.half() for name, value in average.state_dict().items()}
         torch.save(weights, args.output / "weights.pt")
 
-    losses = []
+    losses, generator = [], torch.Generator().manual_seed(first)
     progress = tqdm(loader, initial=first, total=args.steps, unit="step", mininterval=5)
     for step, (features, lengths, targets, target_lengths, spans) in enumerate(progress, start=first):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             encoded, frames = model.transcribe(features, lengths)
         encoded, frames = encoded.float(), frames.int()
-        log_probs = ctc_head(encoded).log_softmax(2)
-        loss = torch.nn.functional.ctc_loss(
-            log_probs.transpose(0, 1), targets, frames, target_lengths, BLANK, zero_infinity=True
-        )
         labels = frame_labels(spans, targets, frames, encoded.shape[1])
         said = torch.nn.functional.cross_entropy(frame_head(encoded).transpose(1, 2), labels, ignore_index=-100)
-        loss = 0.1 * loss + said
-        if args.polish or step >= CTC_STEPS:
-            start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
-            predicted, _, _ = model.predict(torch.cat([start, targets], 1), target_lengths + 1, None)
-            logits, _, _ = model.join(encoded, frames, predicted, target_lengths + 1)
-            log_probs = logits.log_softmax(3)
-            elsewhere = ~allowed(spans, frames, log_probs.shape[1])
-            penalty = torch.zeros(log_probs.shape[:3]).masked_fill_(
-                torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN
-            )
-            log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
-            transducer = torchaudio.functional.rnnt_loss(
-                *(log_probs, targets, frames, target_lengths),
-                blank=BLANK,
-                reduction="none",
-                fused_log_softmax=False,
-            )
-            loss = loss + (transducer / target_lengths.clamp(min=1)).mean()
+        # A predictor that is always right about the past teaches the joiner to write a word only after the one that was
+        # said before it: one word that is missed, and all that follow are. So the past is made unreliable.
+        wrong = torch.rand(targets.shape, generator=generator) < HISTORY_NOISE
+        history = torch.where(wrong, torch.randint_like(targets, 3, BLANK, generator=generator), targets)
+        start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
+        predicted, _, _ = model.predict(torch.cat([start, history], 1), target_lengths + 1, None)
+        logits, _, _ = model.join(encoded, frames, predicted, target_lengths + 1)
+        log_probs = logits.log_softmax(3)
+        elsewhere = ~allowed(spans, frames, log_probs.shape[1])
+        penalty = torch.zeros(log_probs.shape[:3]).masked_fill_(
+            torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN
+        )
+        log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
+        transducer = torchaudio.functional.rnnt_loss(
+            *(log_probs, targets, frames, target_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
+        )
+        loss = (transducer / target_lengths.clamp(min=1)).mean() + said
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
