@@ -4,9 +4,9 @@
     python train.py --clips data --output ../models/digits --polish first.pt --steps 1000 --learning-rate 4e-4
 
 Features are exactly those of torchaudio's ``EMFORMER_RNNT_BASE_LIBRISPEECH`` extractor with our own
-global statistics, so the serving code treats this model like the base model. Two losses train together: the transducer's,
-which may write a word only around its end, and what is said in each frame, by a head that is thrown away at the end. The
-strings grow longer and the recordings worse as the run goes on.
+global statistics, so the serving code treats this model like the base model. Two losses train together:
+the transducer's, which may write a word only around its end, and what is said in each frame, by a head that
+is thrown away at the end. The strings grow longer and the recordings worse as the run goes on.
 
 A run keeps ``checkpoint.pt`` (``polish.pt``) beside the clips and goes on from it when started again.
 """
