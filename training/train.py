@@ -414,7 +414,7 @@ class Batches(torch.utils.data.Dataset):
                 if rng.random() < 0.4:
                     start = rng.randrange(len(utterance))
                     utterance[start : start + rng.randint(1, 6)] = 0.0
-            # Every word needs a frame of the encoder of its own, or the loss is infinite for CTC.
+            # Every word gets a frame of the encoder of its own.
             if (len(utterance) - PADDING) // STRIDE < len(words):
                 continue
             features.append(utterance)
