@@ -5,8 +5,12 @@
 
 Features are exactly those of torchaudio's ``EMFORMER_RNNT_BASE_LIBRISPEECH`` extractor with our own
 global statistics, so the serving code treats this model like the base model. Two losses train together:
-the transducer's, which may write a word only around its end, and what is said in each frame, by a head that
-is thrown away at the end. The strings grow longer and the recordings worse as the run goes on.
+the transducer's, and what is said in each frame, by a head that is thrown away at the end. The strings grow
+longer and the recordings worse as the run goes on.
+
+The transducer marks where a word begins and writes it where it ends. The mark is SentencePiece's ``</s>``, which
+torchaudio's token processor leaves out of the text. Without it, whether "four four" is one word or two could only
+be told by counting; with it, the predictor knows whether a word has begun and nothing else has to be remembered.
 
 A run keeps ``checkpoint.pt`` (``polish.pt``) beside the clips and goes on from it when started again.
 """
@@ -59,21 +63,23 @@ ARCHITECTURE = {
     "lstm_dropout": 0.0,
 }
 BLANK = ARCHITECTURE["num_symbols"] - 1
+BEGINS = 2  # </s>, written where a word begins
 STRIDE = ARCHITECTURE["time_reduction_stride"]
 PADDING = ARCHITECTURE["right_context_length"]
 
 ROUGH_STEPS = 1200  # over these steps more and more of the utterances pass through recorded()
-GROWTH = ((0.0, 3), (0.1, 6), (0.25, 10), (0.5, 16))  # share of the run, longest string in words
+GROWTH = ((0.0, 3), (0.05, 6), (0.15, 10), (0.3, 16))  # share of the run, longest string in words
 SINGLE = 0.35  # share of the batches that hold single words only
 WITHOUT_DIGITS = 0.06  # share of the utterances in which nothing is to be written
 OTHER_WORDS = 0.05  # share of the utterances in which other words are said between the digits
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
-HISTORY_NOISE = 0.3  # share of the words before that the predictor is told wrongly, see main()
 BATCH_FRAMES = 6_000  # feature frames (10 ms) a step, padding included
 MAX_SECONDS = 16.0
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
-# A word has to be written from so many seconds before its end to so many after it, see allowed().
+# Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
+# so many seconds before its end to so many after it.
+MARKED = 0.25
 EARLIEST = 0.1
 LATEST = 0.12
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
@@ -293,7 +299,7 @@ def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
     sources = (torch.arange(bins) * tract).clamp(max=bins - 1.0)
     low = sources.long()
     features = torch.lerp(features[:, low], features[:, (low + 1).clamp(max=bins - 1)], sources - low)
-    size = max(int(frames * rng.uniform(0.75, 1.25)), PADDING + 4)
+    size = max(int(frames * 0.7 * 2.1 ** rng.random()), PADDING + 4)
     stretched = torch.nn.functional.interpolate(features.T[None], size=size, mode="linear", align_corners=True)
     return stretched[0].T.contiguous()
 
@@ -324,9 +330,9 @@ class Batches(torch.utils.data.Dataset):
         return start, start + count
 
     def utterance(
-        self, wanted: int, roughness: float, rng: random.Random, generator: np.random.Generator
+        self, wanted: int, roughness: float, edge: float, rng: random.Random, generator: np.random.Generator
     ) -> tuple[np.ndarray, list[str], list[tuple[float, float, float]]]:
-        """``wanted`` words of one voice, put through ``recorded`` with probability ``roughness``.
+        """``wanted`` words of one voice, up to ``edge`` seconds before and after, rough with probability ``roughness``.
 
         Returns the samples, the words, and where each is: start and stop in seconds and whether that is known (1.0) or
         only that the word is somewhere between (0.0).
@@ -337,7 +343,6 @@ class Batches(torch.utils.data.Dataset):
             return recorded(wave, [], rng, generator)[0], [], []
         [chosen] = rng.choices(self.clips, cum_weights=self.cumulated)
         clips = self.voices[chosen.voice]
-        edge = 0.0 if rng.random() < 0.4 else 0.6
         pieces = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32)]
         words, places, position = [], [], len(pieces[0])
         interrupted = roughness > 0.5 and wanted > 2 and rng.random() < OTHER_WORDS
@@ -380,7 +385,7 @@ class Batches(torch.utils.data.Dataset):
             if len(words) >= wanted:
                 break
         if not words:
-            return self.utterance(wanted, roughness, rng, generator)
+            return self.utterance(wanted, roughness, edge, rng, generator)
         add(np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32))
         wave, stretch = np.concatenate(pieces), 1.0
         if rng.random() < roughness:
@@ -394,10 +399,11 @@ class Batches(torch.utils.data.Dataset):
         if self.polish:
             longest, roughness = 16, 1.0
         # One length a batch: little is padding.
+        edge = rng.choice([0.0, 0.0, 0.08, 0.2, 0.6])
         wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
         features, texts, spans, longest = [], [], [], 0
         while longest * (len(features) + 1) < BATCH_FRAMES and len(features) < 80:
-            wave, words, places = self.utterance(wanted, roughness, rng, generator)
+            wave, words, places = self.utterance(wanted, roughness, edge, rng, generator)
             if not 0.15 < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
                 continue
             with torch.no_grad():
@@ -433,7 +439,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Tensor:
-    """Where a word may be written: (batch, ``length``, words), from where it is said: (batch, words, 3).
+    """Where marks and words may be written: (batch, ``length``, 2 x words), from where words are: (batch, words, 3).
 
     Alignment-restricted transducer loss (Mahadeokar et al., 2021): without it a word's probability is spread over
     several frames, in none of which a narrow search finds it likelier than blank.
@@ -441,9 +447,14 @@ def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Ten
     times = torch.arange(length)[None, :, None] * FRAME_SECONDS
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     last = (frames[:, None, None] - 1) * FRAME_SECONDS
-    earliest = torch.minimum(torch.where(known > 0, stop - EARLIEST, start), last) - FRAME_SECONDS
+    sure = known > 0
+    begin = torch.minimum(start, last - FRAME_SECONDS) - FRAME_SECONDS
+    marked = torch.maximum(torch.where(sure, torch.minimum(start + MARKED, stop), stop), begin + 2 * FRAME_SECONDS)
+    earliest = torch.minimum(torch.where(sure, stop - EARLIEST, start), last) - FRAME_SECONDS
     latest = torch.maximum(stop + LATEST, earliest + 2 * FRAME_SECONDS)
-    return (times >= earliest) & (times <= latest)
+    marks = (times >= begin) & (times <= marked)
+    words = (times >= earliest) & (times <= latest)
+    return torch.stack([marks, words], 3).flatten(2)
 
 
 def frame_labels(spans: torch.Tensor, targets: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Tensor:
@@ -484,7 +495,7 @@ def write_global_stats(path: Path, clips: list[Clip]) -> None:
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
     batches = Batches(clips, 1, True, feature_extractor(path))
     rng, generator = random.Random("stats"), np.random.default_rng(0)
-    waves = [batches.utterance(rng.randint(1, 8), 1.0, rng, generator)[0] for _ in range(600)]
+    waves = [batches.utterance(rng.randint(1, 8), 1.0, 0.3, rng, generator)[0] for _ in range(600)]
     frames = torch.cat([batches.extractor(torch.from_numpy(wave))[0][:-PADDING] for wave in waves]).double()
     stats = {"mean": frames.mean(0).tolist(), "invstddev": (1 / frames.std(0)).tolist()}
     path.write_text(json.dumps(stats, indent=1) + "\n")
@@ -500,8 +511,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("../models/digits"))
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--steps", type=int, default=9500)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
     parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
     args = parser.parse_args()
@@ -563,13 +574,15 @@ def main() -> None:
         encoded, frames = encoded.float(), frames.int()
         labels = frame_labels(spans, targets, frames, encoded.shape[1])
         said = torch.nn.functional.cross_entropy(frame_head(encoded).transpose(1, 2), labels, ignore_index=-100)
-        # A predictor that is always right about the past teaches the joiner to write a word only after the one that was
-        # said before it: one word that is missed, and all that follow are. So the past is made unreliable.
-        wrong = torch.rand(targets.shape, generator=generator) < HISTORY_NOISE
-        history = torch.where(wrong, torch.randint_like(targets, 3, BLANK, generator=generator), targets)
+        # The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner
+        # that expects the word that was heard before loses every word after one that it missed.
+        written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1)
+        history = torch.randint_like(targets, 3, BLANK, generator=generator)
+        history = torch.stack([torch.full_like(history, BEGINS), history], 2).flatten(1)
+        written_lengths = 2 * target_lengths
         start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
-        predicted, _, _ = model.predict(torch.cat([start, history], 1), target_lengths + 1, None)
-        logits, _, _ = model.join(encoded, frames, predicted, target_lengths + 1)
+        predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
+        logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
         log_probs = logits.log_softmax(3)
         elsewhere = ~allowed(spans, frames, log_probs.shape[1])
         penalty = torch.zeros(log_probs.shape[:3]).masked_fill_(
@@ -577,7 +590,7 @@ def main() -> None:
         )
         log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
         transducer = torchaudio.functional.rnnt_loss(
-            *(log_probs, targets, frames, target_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
+            *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
         )
         loss = (transducer / target_lengths.clamp(min=1)).mean() + said
         optimizer.zero_grad()
