@@ -1,7 +1,7 @@
 """Compare the digits model with what a user might take instead, on the same files in one run, one thread each.
 
     pip install -r requirements-compare.txt
-    python compare.py --whisper whisper --data data/test/heldout-clean data/test/real-isolated --every 5
+    python compare.py --whisper whisper --data data/test/heldout-clean data/test/real-isolated --every 7
 
 Whisper's models are folders that faster-whisper reads, found as ``whisper/tiny.en`` and ``whisper/base.en``.
 "Oh" and "zero" are counted as one word for everybody, since Whisper writes a 0 for both.
