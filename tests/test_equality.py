@@ -128,7 +128,7 @@ def test_encodings_are_those_of_the_masked_forward_at_every_boundary(digits, eng
             features = random_features(frames)
             expected, _ = digits.transcribe(features.unsqueeze(0), torch.tensor([len(features)]))
             found = encodings(engine, features, window_segments)
-            assert found.shape == expected[0].shape == (frames, 256)
+            assert found.shape == expected[0].shape == (frames, digits.joiner.linear.in_features)
             assert (found - expected[0]).abs().max() < 2e-5
 
 
