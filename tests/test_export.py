@@ -110,4 +110,6 @@ def test_the_embedded_weights_are_small_and_safe_to_load():
     path = export_model.DIGITS / "weights.pt"
     assert path.stat().st_size < 10e6
     weights = torch.load(path, weights_only=True)
-    assert 1e6 < sum(value.numel() for value in weights.values()) < 4e6
+    parameters = sum(value.numel() for value in weights.values())
+    assert parameters < 4e6
+    assert f"{parameters:,}" in (export_model.DIGITS / "README.md").read_text()
