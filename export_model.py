@@ -26,6 +26,9 @@ from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 from decoder import PRECISIONS, Decoder, with_precision
 
 DIGITS = Path(__file__).parent / "models" / "digits"
+# Seconds by which the emission of a word's first and last token is behind its sound; what handler.py subtracts from the
+# times of words. Medians of training/word_times.py; not known for other weights.
+WORD_DELAYS = {"digits": {"start": -0.005, "end": -0.025}}
 # Seconds without an answer after which a download counts as unreachable.
 DOWNLOAD_TIMEOUT = 30
 
@@ -135,6 +138,8 @@ def export(
         "torch": torch.__version__,
         "torchaudio": torchaudio.__version__,
     }
+    if model_name in WORD_DELAYS and not checkpoint:
+        metadata["word_delays"] = WORD_DELAYS[model_name]
     with warnings.catch_warnings():
         # TorchScript is what the handler's interface asks for; torch 2.11 calls it deprecated on every use.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)

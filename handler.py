@@ -3,7 +3,7 @@
 The archive needs this file and the TorchScript model that export_model.py wrote, nothing else. Every
 request takes the same way, from top to bottom of this file:
 
-    request -> bytes -> waveform (mono, 16 kHz) -> features (T, 80) -> tokens -> text
+    request -> bytes -> waveform (mono, 16 kHz) -> features (T, 80) -> tokens -> words -> answer
 
 Settings come from the ``handler`` section of an archive's model-config.yaml, see ``DEFAULTS``.
 """
@@ -13,15 +13,20 @@ import dataclasses
 import io
 import json
 import logging
+import math
+import statistics
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
 import av
 import torch
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ DEFAULTS = {
     "beam_width": 1,  # hypotheses kept after each frame of the search
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
+    "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory, more save no time
 }
 # A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
 MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
@@ -38,10 +44,27 @@ FFMPEG_OPTIONS = {
     "format_whitelist": "wav,w64,flac,ogg,mp3,aac,mov,matroska,aiff,au,caf,amr",
     "protocol_whitelist": "none",
 }
+# The known answers, by the name of OpenAI's response_format: what they are, and what a caller asks for in Accept.
+FORMATS = {
+    "text": ("text/plain; charset=utf-8", ("text/plain", "text/*", "*/*")),
+    "json": ("application/json", ("application/json", "application/*")),
+    "verbose_json": ("application/json", ("application/json;profile=verbose",)),
+    "srt": ("application/x-subrip; charset=utf-8", ("application/x-subrip",)),
+    "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
+}
+AUDIO_FIELDS = ("data", "file", "audio", "body")  # where the audio is looked for; "body" is a raw body
+# A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
+PAUSE = 0.6  # seconds
+SEGMENT_SECONDS = 7.0
+LINE_CHARACTERS = 42  # of two lines
+SAMPLE_RATES = (1_000, 1_000_000)  # Hz; to resample what claims another one can take minutes and gigabytes
+LOUDEST = 4.0  # times full scale: what is louder is no recording, and is scaled
+URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
 SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
 
 # What export_model.py puts into the model file.
 EXTRA_FILES = ("metadata.json", "global_stats.json", "tokenizer.model")
+ENCODER_STRIDE = 4  # feature frames to a frame of the encoder, the same in every model this serves
 # Features are extracted in pieces of this many hops (one minute): the spectrum of an hour would take a gigabyte.
 PIECE_HOPS = 6000
 # Runs before the first request: TorchScript profiles the first two calls and optimises on the third.
@@ -91,7 +114,11 @@ class ModelHandler:
         self.model = torch.jit.load(str(model_path), map_location=self.device, _extra_files=files).eval()
         self._build_processors(files)
         metadata = json.loads(files["metadata.json"] or "{}")
-        if not hasattr(self.model, "decode"):
+        self.model_name = metadata.get("model", model_path.stem)
+        self.word_delays = metadata.get("word_delays", {"start": 0.0, "end": 0.0})  # seconds, see export_model.py
+        if hasattr(self.model, "decode"):
+            self.model.window_segments = self.settings["window_segments"]
+        else:
             limits = (self.settings["max_audio_seconds"], MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE)
             self.settings["max_audio_seconds"] = min(limits)
         logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
@@ -127,6 +154,7 @@ class ModelHandler:
         self.sample_rate = bundle.sample_rate
         self.hop_samples = bundle.hop_length
         self.window_samples = bundle.n_fft
+        self.frame_seconds = ENCODER_STRIDE * bundle.hop_length / bundle.sample_rate
         self.segment_samples = bundle.segment_length * bundle.hop_length
 
     def _warm_up(self) -> None:
@@ -134,38 +162,61 @@ class ModelHandler:
         generator = torch.Generator().manual_seed(0)
         for run in range(WARM_UP_RUNS):
             waveform = torch.randn((run + 1) * self.sample_rate, generator=generator) * 0.1
-            self._tokens([self._features(waveform)])
+            self._search([self._features(waveform)])
 
     def handle(self, data: list[dict], context) -> list[str | dict]:
         """Answer a batch of requests; nothing that is wrong with one of them reaches the others.
 
         Args:
             data (list[dict]): one dict a request, field name to content; a raw body is the field ``body``.
-            context (ts.context.Context): takes each request's status and content type.
+            context (ts.context.Context): has each request's headers, takes its status, content type and metrics.
 
         Returns:
-            list[str | dict]: in the order of ``data``, a transcript each, or for a request that cannot be
-            answered an object with ``code``, ``type`` and ``message``, sent with that HTTP status.
+            list[str | dict]: in the order of ``data``, an answer each in the format that was asked for, by default the
+            transcript; for a request that cannot be answered an object with ``code``, ``type`` and ``message``, sent
+            with that HTTP status.
         """
         started = time.perf_counter()
         answers: list[str | dict] = [{}] * len(data)
-        features, seconds = {}, 0.0  # by place in the batch: of those requests whose audio can be read
+        sounds: dict[int, list[dict]] = {}  # by place in the batch; a request may hold several files
         for index, request in enumerate(data):
             try:
-                waveform = self._waveform(self._audio_bytes(request))
-                features[index] = self._features(waveform)
-                seconds += len(waveform) / self.sample_rate
+                headers = context.get_all_request_header(index)
+                if not any(isinstance(value, str) for value in headers.values()):
+                    # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
+                    # StreamPredictions call does not say that it is the last one.
+                    context.set_response_header(index, "ts_stream_next", "false")
+                sounds[index] = self._sounds(request, self._format(request, headers))
             except Exception as error:
                 answers[index] = self._error(index, context, error)
-        for index, text in zip(features, self._transcribe([*features.values()]), strict=True):
-            if isinstance(text, Exception):
-                answers[index] = self._error(index, context, text)
-            else:
-                context.set_response_content_type(index, "text/plain; charset=utf-8")
-                answers[index] = text
-        elapsed = time.perf_counter() - started
+        every = [sound for request in sounds.values() for sound in request]
+        searching = time.perf_counter()
+        for sound, heard in zip(every, self._transcribe([sound.pop("features") for sound in every]), strict=True):
+            sound["heard"] = heard
+        finished = time.perf_counter()
+        for index, request in sounds.items():
+            try:
+                answers[index] = self._answer(index, context, request, "instances" in self._json(data[index]))
+            except Exception as error:
+                answers[index] = self._error(index, context, error)
+        elapsed, seconds = time.perf_counter() - started, sum(sound["duration"] for sound in every)
+        self._measure(context, "asr_audio_seconds", seconds, MetricTypes.COUNTER)
+        self._measure(context, "asr_batch_size", len(data))
+        self._measure(context, "asr_handler_seconds", elapsed)
+        if seconds:
+            for step in ("decode", "features"):
+                self._measure(context, f"asr_{step}_seconds", sum(sound[f"{step}_seconds"] for sound in every))
+            self._measure(context, "asr_engine_seconds", finished - searching)
+            self._measure(context, "asr_real_time_factor", elapsed / seconds)
         logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, elapsed)
         return answers
+
+    @staticmethod
+    def _measure(context, name: str, value: float, kind=MetricTypes.HISTOGRAM, **dimensions: str) -> None:
+        """Add to one of the metrics that metrics.yaml declares."""
+        if context.metrics is not None:
+            items = [Dimension(*item) for item in dimensions.items()]
+            context.metrics.add_metric(name, value, "count", dimensions=items, metric_type=kind)
 
     def _error(self, index: int, context, error: Exception) -> dict:
         """Set one request's HTTP status; returns the object that TorchServe sends as its JSON body."""
@@ -177,41 +228,113 @@ class ModelHandler:
             message = "The server failed on this request; its log says why. The audio may be sent again."
         context.set_response_status(status.value, status.phrase, index)
         context.set_response_content_type(index, "application/json")
+        self._measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome=kind)
         return {"code": status.value, "type": kind, "message": message}
 
-    def _audio_bytes(self, request: dict) -> bytes | bytearray:
-        """The audio file in a request, however it was sent: raw body, form field, base64 text or JSON.
+    # What is asked for
+
+    @staticmethod
+    def _json(request: dict) -> dict:
+        """The object that was sent as a JSON body, or an empty one."""
+        body = request.get("body")
+        return body if isinstance(body, dict) else {}
+
+    def _format(self, request: dict, headers: dict) -> str:
+        """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
+
+        Raises:
+            RequestError: there is no such format.
+        """
+        field = request.get("response_format") or self._json(request).get("response_format")
+        if field:
+            field = field.decode("ascii", "replace") if isinstance(field, bytes | bytearray) else field
+            if field in list(FORMATS):
+                return field
+        else:
+            accept = [value for name, value in headers.items() if name.lower() == "accept" and isinstance(value, str)]
+            wanted = []
+            for item in "".join(accept or "*/*").lower().replace(" ", "").replace('"', "").split(","):
+                media_type, *parameters = item.split(";")
+                quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+                quality = float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0
+                media_type += ";profile=verbose" * ("profile=verbose" in parameters)
+                wanted.append((quality, media_type))
+            for quality, media_type in sorted(wanted, key=lambda each: -each[0]):  # of equals, the first
+                for name, (_, media_types) in FORMATS.items():
+                    if quality > 0 and media_type in media_types:
+                        return name
+        message = (
+            f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
+            f"{', '.join(media_types[0] for _, media_types in FORMATS.values())}."
+        )
+        raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "UnknownFormat", message)
+
+    def _sounds(self, request: dict, response_format: str) -> list[dict]:
+        """Each audio file of a request, ready for the engine: its features (T, 80), duration, what took how long."""
+        sounds, budget = [], float(self.settings["max_audio_seconds"])
+        for audio in self._audio_files(request):
+            started = time.perf_counter()
+            notes: list[str] = []
+            waveform = self._waveform(audio, budget, notes)
+            decoded = time.perf_counter()
+            features, duration = self._features(waveform), len(waveform) / self.sample_rate
+            budget -= max(duration, self.segment_samples / self.sample_rate)  # the least that one costs
+            done = time.perf_counter()
+            sound = {"format": response_format, "features": features, "duration": duration, "notes": notes}
+            sounds.append(sound | {"decode_seconds": decoded - started, "features_seconds": done - decoded})
+        return sounds
+
+    def _audio_files(self, request: dict) -> Iterator[bytes | bytearray]:
+        """The audio files in a request, however they were sent: raw body, form field, base64 text or JSON.
 
         Raises:
             RequestError: there is none.
         """
-        # A form may have other fields beside the file, under any name: the file is the longest.
-        fields = [value for value in request.values() if value]
-        value = max(fields, key=lambda field: len(field) if isinstance(field, Sized) else 0, default=None)
-        if isinstance(value, dict):  # a JSON object
-            value = value.get("data")
-        if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
-            try:
-                value = base64.b64decode("".join(value.split()), validate=True)
-            except ValueError:
-                message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
-                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
-        if value is not None and not isinstance(value, bytes | bytearray):
-            message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}}.'
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-        if not value:
-            hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
-            message = f"The request has no audio. {SEND_AUDIO} ({hint})."
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
-        return value
+        body = self._json(request)
+        if "instances" in body:  # KServe's way of sending several at once
+            instances = body["instances"] if isinstance(body["instances"], list) else []
+            values = [instance.get("data") if isinstance(instance, dict) else 0 for instance in instances]
+        elif body:
+            values = [body.get("data", 0)]
+        else:
+            # A form may have other fields beside the file: where none has a usual name, the file is the longest.
+            named = [request.get(name) for name in AUDIO_FIELDS]
+            others = sorted((v for v in request.values() if isinstance(v, bytes | bytearray | str)), key=len)
+            values = [next((value for value in [*named, *others[::-1]] if value), b"")]
+        for value in values or [b""]:
+            if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
+                # With or without a data URI's head, line breaks and padding; either alphabet.
+                text = "".join(value[value.find(";base64,") + 8 if value.startswith("data:") else 0 :].split())
+                text = text.translate(URL_SAFE).rstrip("=")
+                try:
+                    value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+                except ValueError:
+                    message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
+                    raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
+            if not isinstance(value, bytes | bytearray):
+                message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}}.'
+                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+            if not value:
+                hint = (
+                    "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
+                )
+                message = f"The request has no audio. {SEND_AUDIO} ({hint})."
+                raise self.RequestError(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
+            yield value
 
-    def _waveform(self, audio: bytes | bytearray) -> torch.Tensor:
-        """Decode an audio file of any sample rate, channel count and bit depth.
+    # From bytes to tokens
+
+    def _waveform(
+        self, audio: bytes | bytearray, limit: float = math.inf, notes: list[str] | None = None
+    ) -> torch.Tensor:
+        """Decode an audio file of any sample rate, channel count and bit depth, as far as it goes.
 
         PyAV, because its wheel brings FFmpeg along: nothing has to be installed on the system.
 
         Args:
             audio (bytes or bytearray): the file.
+            limit (float): the longest that it may be, in seconds.
+            notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended.
 
         Returns:
             Tensor: (samples,), float32, full scale 1.0, mono, at ``self.sample_rate``.
@@ -219,61 +342,99 @@ class ModelHandler:
         Raises:
             RequestError: the bytes are no audio file, or it has no audio, or too much of it.
         """
-        chunks, samples = [], 0
+        chunks, samples, damaged = [], 0, []
         try:
             with av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
                 if not container.streams.audio:
                     message = f"The file has no audio stream. {SEND_AUDIO}."
-                    raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoAudioStream", message)
-                for frame in self._resampled(container.decode(audio=0)):
+                    raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
+                for frame in self._resampled(self._frames(container, limit, damaged)):
                     packed = torch.from_numpy(frame.to_ndarray())  # (1, samples * channels)
                     # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
                     chunks.append(packed.view(frame.samples, -1).mean(dim=1))  # (samples,)
                     samples += frame.samples
+        except av.error.DecoderNotFoundError:
+            message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message) from None
         except (av.FFmpegError, ValueError, ZeroDivisionError):
-            where = f"is damaged after {samples / self.sample_rate:.2f} s" if samples else "is not audio I can read"
-            message = f"What was sent ({len(audio)} bytes) {where}. {SEND_AUDIO}."
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
+            damaged.append(samples / self.sample_rate)
         if samples == 0:
-            message = f"The audio stream is empty: zero samples. {SEND_AUDIO}."
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NoSamples", message)
-        return torch.cat(chunks)
+            kind, what = (
+                ("NotAudio", "is not audio I can read") if damaged else ("NoSamples", "has zero samples of sound")
+            )
+            message = f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, kind, message)
+        notes = [] if notes is None else notes
+        if damaged:
+            notes.append(f"The file is damaged after {damaged[0]:.2f} s; what could be read was transcribed.")
+        return self._sane(torch.cat(chunks), notes)
+
+    def _frames(self, container: av.container.InputContainer, limit: float, damaged: list[float]) -> Iterator:
+        """The sound's frames as they are; where a packet cannot be decoded goes into ``damaged``, in seconds.
+
+        Raises:
+            RequestError: they last longer than ``limit`` seconds.
+        """
+        seconds = 0.0
+        for packet in container.demux(audio=0):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                damaged.append(seconds)
+                continue
+            for frame in frames:
+                # Before resampling: one small frame that claims a few samples a second would become gigabytes.
+                if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
+                    damaged.append(seconds)
+                    continue
+                seconds += frame.samples / frame.sample_rate
+                if seconds > limit:
+                    most = self.settings["max_audio_seconds"]
+                    declared = f" (it says of itself: {container.duration / 1e6:.0f} s)" if container.duration else ""
+                    message = (
+                        f"The audio is longer than the {most} s that this server takes{declared}: send it in pieces."
+                    )
+                    raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+                yield frame
 
     def _resampled(self, frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
         """Bring decoded frames to ``self.sample_rate``, all channels kept, as packed float32.
 
         Packed, because PyAV crashes on planar frames of eight channels and more.
-
-        Raises:
-            RequestError: the frames last longer than ``max_audio_seconds``.
         """
-        limit = self.settings["max_audio_seconds"]
-        seconds, resampler, source = 0.0, None, None
+        resampler, source = None, None
         for frame in frames:
-            # Before resampling: one small frame that claims a few samples a second would become gigabytes.
-            seconds += frame.samples / frame.sample_rate
-            if seconds > limit:
-                message = f"The audio is longer than the {limit} s that this server takes: send it in pieces."
-                raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
-            if (
-                frame.format.name,
-                frame.layout.name,
-                frame.sample_rate,
-            ) != source:  # also midway, in files that were joined
+            kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if kind != source:  # also midway, in files that were joined
                 if resampler:
                     yield from resampler.resample(None)  # what is left in it
-                resampler = av.AudioResampler(format="flt", rate=self.sample_rate)
-                source = (frame.format.name, frame.layout.name, frame.sample_rate)
+                resampler, source = av.AudioResampler(format="flt", rate=self.sample_rate), kind
             yield from resampler.resample(frame)
         if resampler:
             yield from resampler.resample(None)
 
-    def _features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Features (T, 80) of a waveform (samples,) at ``self.sample_rate``, piece by piece.
+    def _sane(self, waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
+        """``waveform`` without what is no number, and within full scale; adds to ``notes`` what was done.
 
         Raises:
-            RequestError: the samples are not finite, or too large to be squared.
+            RequestError: most of it is no number.
         """
+        finite = waveform.isfinite()
+        missing = len(waveform) - int(finite.sum())
+        if 2 * missing > len(waveform):
+            message = f"The samples are no sound: most of them are not numbers. {SEND_AUDIO}."
+            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+        if missing:
+            notes.append(f"{missing} samples that are not numbers were taken for silence.")
+            waveform = waveform.where(finite, 0.0)
+        peak = float(waveform.abs().max())
+        if peak > LOUDEST:  # float files only; often integers that nobody has scaled
+            notes.append(f"The samples reach {peak:.3g} times full scale and were scaled down to it.")
+            waveform = waveform / peak
+        return waveform
+
+    def _features(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Features (T, 80) of a waveform (samples,) at ``self.sample_rate``, piece by piece."""
         missing = self.segment_samples - len(waveform)
         if missing > 0:  # the extractor and the encoder need one segment; silence says nothing
             waveform = torch.nn.functional.pad(waveform, (0, missing))
@@ -290,27 +451,145 @@ class ModelHandler:
                 # The last piece keeps the frames of right context that the extractor puts behind everything.
                 stop = None if first + PIECE_HOPS > last else first - begin + PIECE_HOPS
                 pieces.append(piece[first - begin : stop])
-                if not piece.isfinite().all():  # it would spoil every score of the search
-                    message = f"The samples are no sound: not numbers, or far beyond full scale. {SEND_AUDIO}."
-                    raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
             return torch.cat(pieces)
 
-    def _tokens(self, features: list[torch.Tensor]) -> list[list[int]]:
-        """Tokens of the best hypothesis for each of ``features`` (T, 80)."""
+    def _search(self, features: list[torch.Tensor]) -> list[list[tuple]]:
+        """Hypotheses for each of ``features`` (T, 80), the best first: (tokens, score, frames, log_probs).
+
+        The tokens have the leading blank, the frames and log-probabilities have not; a plain RNNTBeamSearch has none.
+        """
         features = [utterance.to(self.device) for utterance in features]
         beam_width = self.settings["beam_width"]
         with torch.inference_mode():
             if hasattr(self.model, "decode"):
-                return [beam.hypotheses[0][0] for beam in self.model.decode(features, beam_width)]
+                return [
+                    [(h[0], h[3], frames, log_probs) for h, frames, log_probs in zip(*beam[:3], strict=True)]
+                    for beam in self.model.decode(features, beam_width)
+                ]
             lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
-            return [self.model(*one, beam_width)[0][0] for one in zip(features, lengths, strict=True)]
+            beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
+            return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
 
-    def _transcribe(self, features: list[torch.Tensor]) -> list[str | Exception]:
-        """The text of each of ``features`` (T, 80), or what made it fail."""
+    def _transcribe(self, features: list[torch.Tensor]) -> list[list[tuple] | Exception]:
+        """The hypotheses for each of ``features`` (T, 80), or what made it fail."""
         try:
-            return [self.tokens_to_text(tokens) for tokens in self._tokens(features)]
+            return self._search(features)
         except Exception as error:
             if len(features) == 1:
                 return [error]
             logger.warning("A batch of %d failed and is taken one by one", len(features), exc_info=error)
             return [self._transcribe([utterance])[0] for utterance in features]
+
+    # From tokens to the answer
+
+    def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
+        """One request's answer, in the format that it asked for; sets its content type."""
+        answers, notes = [], []
+        for sound in sounds:
+            if isinstance(sound["heard"], Exception):
+                raise sound["heard"]
+            answers.append(self._formatted(sound))
+            notes += sound["notes"]
+        content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
+        context.set_response_content_type(index, content_type)
+        if notes:
+            context.set_response_header(index, "x-audio-notes", " ".join(notes))
+        self._measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
+        return {"predictions": answers} if several else answers[0]
+
+    def _formatted(self, sound: dict) -> str | dict:
+        hypotheses, duration = sound["heard"], sound["duration"]
+        text = self.tokens_to_text(hypotheses[0][0])
+        if sound["format"] == "text":
+            return text
+        if sound["format"] == "json":
+            return {"text": text}
+        words = self._words(*hypotheses[0], duration)
+        segments = self._segments(words)
+        if sound["format"] == "verbose_json":
+            answer = {"text": text, "duration": round(duration, 3), "language": "english", "model": self.model_name}
+            answer["segments"] = [{"id": i} | segment for i, segment in enumerate(segments)]
+            answer["words"] = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
+            if self.settings["beam_width"] > 1:
+                scores: dict[str, float] = {}
+                for tokens, score, *_ in hypotheses:
+                    scores.setdefault(self.tokens_to_text(tokens), round(score, 4))
+                answer["alternatives"] = [{"text": text, "score": score} for text, score in scores.items()]
+            return answer | ({"notes": sound["notes"]} if sound["notes"] else {})
+        srt, cues = sound["format"] == "srt", []
+        for number, segment in enumerate(segments, start=1):
+            times = " --> ".join(self._clock(segment[end], "," if srt else ".") for end in ("start", "end"))
+            lines = textwrap.fill(segment["text"], LINE_CHARACTERS, break_long_words=False)
+            cues.append(f"{number}\n{times}\n{lines}\n")
+        return "\n".join(cues if srt else ["WEBVTT\n", *cues])
+
+    def _words(
+        self, tokens: list[int], score: float, frames: list[int], log_probs: list[float], duration: float
+    ) -> list:
+        """The words of a hypothesis, with times in seconds and probabilities.
+
+        A word begins at its first token, or where the model marked its beginning by a token that is not text, and ends
+        after its last; both are corrected by the delays that the model file tells.
+
+        Raises:
+            RequestError: the model file is a plain RNNTBeamSearch, which gives no times.
+        """
+        if frames is None:
+            message = "The model file gives no times: only the formats text and json can be had."
+            raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "NoTimes", message)
+        pieces, marks = self.tokens_to_text.sp_model, self.tokens_to_text.post_process_remove_list
+        words: list[dict] = []
+        mark = None
+        for token, frame, log_prob in zip(tokens[1:], frames, log_probs, strict=True):
+            if token in marks:
+                mark = (frame, log_prob)
+                continue
+            piece = pieces.id_to_piece(token)
+            if piece.startswith("\u2581") or not words:
+                first, before = mark or (frame, 0.0)
+                words.append({"word": "", "first": first, "log_probs": [before]})
+            words[-1]["word"] += piece.replace("\u2581", "")
+            words[-1]["last"] = frame + 1
+            words[-1]["log_probs"].append(log_prob)
+            mark = None
+        words = [word for word in words if word["word"]]
+        latest = 0.0
+        for word in words:
+            start = word["first"] * self.frame_seconds - self.word_delays["start"]
+            end = word["last"] * self.frame_seconds - self.word_delays["end"]
+            word["start"] = round(min(max(start, latest), duration), 3)
+            word["end"] = latest = round(min(max(end, word["start"]), duration), 3)
+            word["probability"] = round(math.exp(min(sum(word["log_probs"]), 0.0)), 4)
+        return words
+
+    @staticmethod
+    def _segments(words: list[dict]) -> list[dict]:
+        """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines."""
+        groups: list[list[dict]] = []
+        for word in words:
+            group = groups[-1] if groups else []
+            length = sum(len(other["word"]) + 1 for other in group) + len(word["word"])
+            if (
+                not group
+                or word["start"] - group[-1]["end"] > PAUSE
+                or word["end"] - group[0]["start"] > SEGMENT_SECONDS
+                or length > 2 * LINE_CHARACTERS
+            ):
+                groups.append([])
+            groups[-1].append(word)
+        return [
+            {
+                "start": group[0]["start"],
+                "end": group[-1]["end"],
+                "text": " ".join(word["word"] for word in group),
+                "avg_logprob": round(statistics.fmean(p for word in group for p in word["log_probs"]), 4),
+            }
+            for group in groups
+        ]
+
+    @staticmethod
+    def _clock(seconds: float, point: str) -> str:
+        """As subtitles write it: hours, minutes, seconds and milliseconds."""
+        milliseconds = round(1000 * seconds)
+        minutes, rest = divmod(milliseconds, 60_000)
+        return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"

@@ -232,7 +232,7 @@ def digits(features: torch.Tensor) -> None:
 
             def engine(beam_width: int, handler=handler, spoken=spoken) -> None:
                 handler.settings["beam_width"] = beam_width
-                handler._tokens([spoken])
+                handler._search([spoken])
 
             def request(beam_width: int, handler=handler) -> None:
                 handler.settings["beam_width"] = beam_width
@@ -290,14 +290,14 @@ def measure_once(kind: str, model: Path, minutes: float) -> dict[str, float]:
     one = torch.load(source) if source else torch.randn(int(SECONDS * SAMPLE_RATE)) * 0.1
     samples = int(minutes * 60 * SAMPLE_RATE)
     waveform = one.repeat(-(-samples // len(one)))[:samples].clone()
-    handler._tokens([handler._features(one)])
+    handler._search([handler._features(one)])
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without that of loading
     resident = memory("VmRSS")
     started = time.perf_counter()
     with torch.inference_mode():
         if kind == "engine":
             features = handler._features(waveform)
-            tokens = handler._tokens([features])[0]
+            tokens = handler._search([features])[0][0][0]
         else:
             features, length = handler.extract_features(waveform)
             tokens = handler.model(features, length, 1)[0][0]

@@ -51,9 +51,9 @@ class Worker:
         self.handler = ModelHandler()
         self.handler.initialize(self.context)
 
-    def answer(self, *requests: dict) -> list[tuple[int, str | dict]]:
-        """(status, body) of each request of one batch."""
-        self.context.request_processor = [RequestProcessor({}) for _ in requests]
+    def answer(self, *requests: dict, headers: dict | None = None) -> list[tuple[int, str | dict]]:
+        """(status, body) of each request of one batch, all with the same headers."""
+        self.context.request_processor = [RequestProcessor(dict(headers or {})) for _ in requests]
         bodies = self.handler.handle(list(requests), self.context)
         assert len(bodies) == len(requests)
         json.dumps(bodies)  # one body that JSON cannot take would fail the whole batch
@@ -109,3 +109,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
     )
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fuzz", type=int, default=2000, help="requests that tests/test_fuzz.py sends to the handler")

@@ -107,6 +107,9 @@ def test_answers_are_typed_for_the_client(worker):
         {"data": bytearray(), "audio": bytearray(THREE_DIGITS), "note": None},
         {"body": base64.b64encode(THREE_DIGITS).decode()},
         {"body": {"data": base64.b64encode(THREE_DIGITS).decode()}},
+        {"body": {"data": "data:audio/wav;base64," + base64.b64encode(THREE_DIGITS).decode()}},
+        {"body": {"data": base64.urlsafe_b64encode(THREE_DIGITS).decode().rstrip("=")}},
+        {"prompt": bytearray(bytes(200_000)), "file": bytearray(THREE_DIGITS)},
     ],
     ids=[
         "bytearray",
@@ -117,6 +120,9 @@ def test_answers_are_typed_for_the_client(worker):
         "empty field first",
         "base64 text",
         "json",
+        "data URI",
+        "URL-safe base64 without padding",
+        "usual name before longer field",
     ],
 )
 def test_audio_is_found_however_it_was_sent(worker, request_fields):
@@ -131,7 +137,7 @@ def test_audio_is_found_however_it_was_sent(worker, request_fields):
         ({"body": bytearray()}, "EmptyBody", "application/octet-stream"),
         ({"body": ""}, "EmptyBody", "-T speech.wav"),
         ({"body": {}}, "EmptyBody", "-T speech.wav"),
-        ({"body": "good morning"}, "NotAudio", "base64"),
+        ({"body": "good morning!"}, "NotAudio", "base64"),
         ({"body": {"data": 17}}, "NotAudio", '"data"'),
         ({"body": [1, 2, 3]}, "NotAudio", '"data"'),
         ({"body": b"\x00\xff" * 500}, "NotAudio", "WAV"),
@@ -202,10 +208,41 @@ def test_recordings_of_many_microphones_are_mixed(worker, channels):
     assert np.allclose(waveform.numpy(), samples.mean(axis=1) / 32768, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_no_sound_get_a_400(worker, value):
     (status, body), good = worker.answer({"body": wav(np.full(16_000, value, "<f4"), 1, 4, 3)}, {"body": THREE_DIGITS})
     assert (status, body["type"], good) == (400, "NotAudio", (200, TEXT))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_few_samples_that_are_no_numbers_do_no_harm_and_are_told(worker, speech, value):
+    samples = speech.numpy().astype("<f4")
+    samples[::4000] = value
+    assert worker.transcribe(wav(samples, 1, 4, 3)) == TEXT
+    assert "not numbers" in worker.context.get_response_headers(0)["x-audio-notes"]
+
+
+def test_float_samples_that_nobody_scaled_are_understood_and_told(worker, speech):
+    assert worker.transcribe(wav((speech.numpy() * 32768).astype("<f4"), 1, 4, 3)) == TEXT
+    assert "full scale" in worker.context.get_response_headers(0)["x-audio-notes"]
+
+
+@pytest.mark.parametrize("container", ["wav", "flac", "mp3", "ogg", "adts", "matroska"])
+def test_a_file_whose_tail_is_cut_off_is_transcribed_as_far_as_it_goes(worker, speech, container):
+    codec = {"wav": "pcm_s16le", "ogg": "libopus", "adts": "aac", "matroska": "aac"}.get(container, container)
+    rate = 48_000 if codec == "libopus" else 16_000
+    audio = encode(resampled(torch.cat([speech] * 4), rate), rate, container, codec)
+    heard = worker.transcribe(audio[: len(audio) * 7 // 10]).split()
+    assert heard[:6] == TEXT.split() * 2 and len(heard) < 12
+
+
+def test_damage_in_the_middle_is_skipped_and_told(worker, speech):
+    audio = bytearray(encode(resampled(torch.cat([speech] * 4), 16_000), 16_000, "adts", "aac"))
+    middle = len(audio) // 2
+    audio[middle : middle + 400] = bytes(400)
+    heard = worker.transcribe(audio).split()
+    assert heard[:3] == heard[-3:] == TEXT.split()
+    assert "damaged" in worker.context.get_response_headers(0)["x-audio-notes"]
 
 
 def test_one_silent_channel_does_not_hide_the_speech(worker, speech):
@@ -251,7 +288,7 @@ def test_a_file_of_zero_samples_gets_a_400(worker):
     assert (status, body["type"]) == (400, "NoSamples")
 
 
-def test_a_video_without_sound_gets_a_400(worker):
+def test_a_video_without_sound_gets_a_415(worker):
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
         stream = output.add_stream("mpeg4", rate=10)
@@ -260,7 +297,7 @@ def test_a_video_without_sound_gets_a_400(worker):
         for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
             output.mux(stream.encode(part))
     [(status, body)] = worker.answer({"body": file.getvalue()})
-    assert (status, body["type"]) == (400, "NoAudioStream")
+    assert (status, body["type"]) == (415, "NoAudioStream")
 
 
 @pytest.mark.parametrize(
