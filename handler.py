@@ -34,7 +34,7 @@ DEFAULTS = {
     "beam_width": 1,  # hypotheses kept after each frame of the search
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
-    "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory, more save no time
+    "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory
 }
 # A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
 MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
@@ -58,6 +58,7 @@ PAUSE = 0.6  # seconds
 SEGMENT_SECONDS = 7.0
 LINE_CHARACTERS = 42  # of two lines
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; to resample what claims another one can take minutes and gigabytes
+PACKETS_PER_SECOND = 1_000  # of the longest audio: a file of a packet a sample would take hours
 LOUDEST = 4.0  # times full scale: what is louder is no recording, and is scaled
 URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
 SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
@@ -129,6 +130,8 @@ class ModelHandler:
     @staticmethod
     def _settings(context) -> dict[str, int]:
         given = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"model-config.yaml: handler must be names and values, not {given!r}.")
         for name, value in given.items():
             if name not in DEFAULTS:
                 raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(DEFAULTS)}.")
@@ -373,10 +376,13 @@ class ModelHandler:
         """The sound's frames as they are; where a packet cannot be decoded goes into ``damaged``, in seconds.
 
         Raises:
-            RequestError: they last longer than ``limit`` seconds.
+            RequestError: they last longer than ``limit`` seconds, or come in too many packets.
         """
         seconds = 0.0
-        for packet in container.demux(audio=0):
+        for number, packet in enumerate(container.demux(audio=0)):
+            if number > PACKETS_PER_SECOND * self.settings["max_audio_seconds"]:
+                message = f"The file has more than {number - 1} packets of sound: convert it, to FLAC for instance."
+                raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyPackets", message)
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
@@ -408,7 +414,9 @@ class ModelHandler:
             if kind != source:  # also midway, in files that were joined
                 if resampler:
                     yield from resampler.resample(None)  # what is left in it
-                resampler, source = av.AudioResampler(format="flt", rate=self.sample_rate), kind
+                # In pieces of some seconds: one for every decoded frame would take three times as long.
+                resampler = av.AudioResampler(format="flt", rate=self.sample_rate, frame_size=4 * self.sample_rate)
+                source = kind
             yield from resampler.resample(frame)
         if resampler:
             yield from resampler.resample(None)

@@ -4,21 +4,29 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
+import requests
 import torch
 from ts.context import Context, RequestProcessor
 
 import export_model
+import serve
 from handler import ModelHandler
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "sample_audio"
+BIN = Path(sys.executable).parent
 
 
 def transcripts(model: str) -> dict[str, str]:
@@ -27,15 +35,17 @@ def transcripts(model: str) -> dict[str, str]:
         return {row["file"]: row["text"] for row in csv.DictReader(table, delimiter="\t") if row["model"] == model}
 
 
-def encode(samples: np.ndarray, rate: int, container: str, codec: str, sample_format: str | None = None) -> bytes:
+def encode(
+    samples: np.ndarray, rate: int, container: str, codec: str, sample_format: str | None = None, **options: str
+) -> bytes:
     """Encode (channels, samples) float32 as an audio file."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(samples)]
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), format="fltp", layout=layout)
     frame.rate = rate
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        options = {"format": sample_format} if sample_format else {}
-        stream = output.add_stream(codec, rate=rate, layout=layout, **options)
+    with av.open(file, "w", format=container, options=options) as output:
+        chosen = {"format": sample_format} if sample_format else {}
+        stream = output.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"}, **chosen)
         for part in (frame, None):
             output.mux(stream.encode(part))
     return file.getvalue()
@@ -109,6 +119,89 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
     )
+
+
+class Server:
+    """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
+
+    def __init__(self, model: Path, **handler_settings: int) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="ts-"))  # short: a socket's path has at most 107 characters
+        self.config = folder / "config.properties"
+        self.store = folder / "model_store"
+        self.store.mkdir()
+        # TorchServe keeps its pid file, its sockets and the unpacked archive there.
+        self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
+        ports = free_ports(5)
+        text = re.sub(
+            r"(?<=_address=http://127.0.0.1):\d+$",
+            lambda _: f":{ports.pop()}",
+            (ROOT / "config.properties").read_text(),
+            flags=re.M,
+        )
+        text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
+        self.config.write_text(text)
+        self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
+        command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
+        command += ["--serialized-file", model, "--handler", ROOT / "handler.py"]
+        # A batch of several requests is what the tests are after.
+        settings = re.sub(r"batchSize: \d+", "batchSize: 8", (ROOT / "model-config.yaml").read_text())
+        for name, value in handler_settings.items():
+            settings = re.sub(rf"{name}: \d+", f"{name}: {value}", settings)
+        (folder / "model-config.yaml").write_text(settings)
+        command += ["--config-file", folder / "model-config.yaml", "--export-path", self.store]
+        subprocess.run(command, check=True, env=os.environ | self.environment)
+
+    def serve(self, command: str) -> subprocess.CompletedProcess[str]:
+        options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
+        return run("serve.py", command, *options, **self.environment)
+
+    def processes(self) -> list[psutil.Process]:
+        """TorchServe and its workers."""
+        pid = int((self.folder / ".model_server.pid").read_text())
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+    def remove(self) -> None:
+        """Stop it and leave nothing behind."""
+        self.serve("stop")
+        shutil.rmtree(self.folder)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def new_server():
+    """Make servers that are not started yet; leave none behind."""
+    servers = []
+
+    def make(model: Path, **handler_settings: int) -> Server:
+        servers.append(Server(model, **handler_settings))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def server(digits_pt):
+    server = Server(digits_pt)
+    started = server.serve("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield server
+    server.remove()
+
+
+def post(server: Server, path: Path) -> requests.Response:
+    headers = {"Content-Type": "application/octet-stream"}
+    return requests.post(server.url, data=path.read_bytes(), headers=headers, timeout=60)
 
 
 def pytest_addoption(parser) -> None:

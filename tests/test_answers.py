@@ -1,11 +1,14 @@
 """What the caller gets: the formats, held against parsers that others wrote."""
 
+import base64
 import io
 import json
 
 import jsonschema
+import numpy as np
 import pytest
 import srt
+import torch
 import webvtt
 from conftest import SAMPLES, Worker, encode, transcripts
 
@@ -132,15 +135,12 @@ def test_words_are_where_they_are_said(worker, speech):
         assert abs(after["end"] - before["end"] - 1.0) <= 0.12
 
 
-def pad(speech, seconds: float):
-    import torch
-
+def pad(speech: torch.Tensor, seconds: float) -> torch.Tensor:
+    """``seconds`` of silence and then ``speech``."""
     return torch.nn.functional.pad(speech, (int(16_000 * seconds), 0))
 
 
 def test_subtitles_are_read_by_others_and_break_at_pauses(worker, speech):
-    import torch
-
     long = torch.cat([pad(speech, 1.5) for _ in range(8)])
     audio = encode(long[None].numpy(), 16_000, "wav", "pcm_s16le")
     [(_, as_srt)] = worker.answer({"file": audio, "response_format": "srt"})
@@ -165,14 +165,22 @@ def test_a_subtitle_holds_at_most_seven_seconds_and_two_lines(worker):
 
 
 def test_silence_has_no_words_in_any_format(worker):
-    import numpy as np
-
     silence = encode(np.zeros((1, 32_000), np.float32), 16_000, "wav", "pcm_s16le")
     body = verbose(worker, silence)
     assert (body["text"], body["words"], body["segments"]) == ("", [], [])
     assert worker.answer({"file": silence, "response_format": "srt"}) == [(200, "")]
     [(_, vtt)] = worker.answer({"file": silence, "response_format": "vtt"})
     assert webvtt.from_buffer(io.StringIO(vtt)).captions == []
+
+
+def test_many_tiny_files_may_not_fill_the_memory(digits_pt):
+    """A file of one sample is computed as a segment of 160 ms, and counts as one."""
+    worker = Worker(digits_pt, {"max_audio_seconds": 3})
+    click = encode(np.zeros((1, 1), np.float32), 16_000, "wav", "pcm_s16le")
+    one = {"data": base64.b64encode(click).decode()}
+    assert worker.answer({"body": {"instances": [one] * 18}})[0][0] == 200
+    [(status, body)] = worker.answer({"body": {"instances": [one] * 20}})
+    assert (status, body["type"]) == (413, "AudioTooLong")
 
 
 def test_a_wide_beam_tells_alternatives(digits_pt):
@@ -182,8 +190,6 @@ def test_a_wide_beam_tells_alternatives(digits_pt):
 
 
 def test_several_files_in_kserves_way_are_answered_in_order(worker):
-    import base64
-
     files = list(transcripts("digits").items())[:3]
     instances = [{"data": base64.b64encode((SAMPLES / file).read_bytes()).decode()} for file, _ in files]
     assert worker.answer({"body": {"instances": instances}}) == [(200, {"predictions": [text for _, text in files]})]
@@ -200,8 +206,6 @@ def test_instances_without_audio_get_a_400(worker, instances):
 
 
 def test_several_files_together_may_not_be_longer_than_one(digits_pt):
-    import base64
-
     worker = Worker(digits_pt, {"max_audio_seconds": 3})
     one = {"data": base64.b64encode(THREE_DIGITS).decode()}
     assert worker.answer({"body": {"instances": [one]}})[0][0] == 200

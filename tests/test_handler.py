@@ -163,7 +163,7 @@ def resampled(speech: torch.Tensor, rate: int) -> np.ndarray:
     return torchaudio.functional.resample(speech, 16_000, rate)[None].numpy()
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 192_000])
 def test_any_sample_rate_is_understood(worker, speech, rate):
     assert worker.transcribe(encode(resampled(speech, rate), rate, "wav", "pcm_s16le")) == TEXT
 
@@ -175,7 +175,9 @@ def test_any_sample_rate_is_understood(worker, speech, rate):
         ("wav", "pcm_s24le", None),
         ("wav", "pcm_s32le", None),
         ("wav", "pcm_f32le", None),
+        ("wav", "pcm_f64le", None),
         ("wav", "pcm_alaw", None),
+        ("wav", "pcm_mulaw", None),
         ("w64", "pcm_s16le", None),
         ("flac", "flac", "s16"),
         ("mp3", "mp3", None),
@@ -183,16 +185,50 @@ def test_any_sample_rate_is_understood(worker, speech, rate):
         ("webm", "libopus", None),
         ("adts", "aac", None),
         ("mp4", "aac", None),
+        ("mov", "alac", None),
         ("matroska", "aac", None),
         ("aiff", "pcm_s16be", None),
         ("au", "pcm_s16be", None),
         ("caf", "pcm_s16le", None),
+        ("ogg", "vorbis", None),
+        ("webm", "vorbis", None),
     ],
 )
 def test_any_common_file_format_is_understood(worker, speech, container, codec, sample_format):
     rate = 48_000 if codec == "libopus" else 16_000
-    audio = encode(resampled(speech, rate), rate, container, codec, sample_format)
+    channels = 2 if codec == "vorbis" else 1  # as much as FFmpeg's own encoder can
+    audio = encode(resampled(speech, rate).repeat(channels, axis=0), rate, container, codec, sample_format)
     assert worker.transcribe(audio) == TEXT
+
+
+def test_a_telephones_amr_file_is_understood(worker, speech):
+    audio = encode(resampled(speech, 8_000), 8_000, "amr", "libopencore_amrnb")
+    assert audio.startswith(b"#!AMR") and worker.transcribe(audio) == TEXT
+
+
+def test_a_wav_file_with_an_extensible_header_is_understood(worker, speech):
+    data = (speech.numpy() * 32767).astype("<i2").tobytes()
+    guid = b"\x01\x00\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"  # PCM
+    header = struct.pack("<HHIIHHHHI", 0xFFFE, 1, 16_000, 32_000, 2, 16, 22, 16, 4) + guid
+    chunks = b"fmt " + struct.pack("<I", len(header)) + header + b"data" + struct.pack("<I", len(data)) + data
+    assert worker.transcribe(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks) == TEXT
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska"])
+def test_the_sound_track_of_a_film_is_understood(worker, speech, container):
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        picture = output.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 64
+        picture.pix_fmt = "yuv420p"
+        sound = output.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(speech[None].numpy(), format="fltp", layout="mono")
+        frame.rate = 16_000
+        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
+            output.mux(picture.encode(part))
+        for part in (frame, None):
+            output.mux(sound.encode(part))
+    assert worker.transcribe(file.getvalue()) == TEXT
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
@@ -227,11 +263,20 @@ def test_float_samples_that_nobody_scaled_are_understood_and_told(worker, speech
     assert "full scale" in worker.context.get_response_headers(0)["x-audio-notes"]
 
 
-@pytest.mark.parametrize("container", ["wav", "flac", "mp3", "ogg", "adts", "matroska"])
+CUT = {
+    **{"wav": "pcm_s16le", "w64": "pcm_s16le", "aiff": "pcm_s16be", "au": "pcm_s16be", "caf": "pcm_s16le"},
+    **{"flac": "flac", "mp3": "mp3", "adts": "aac", "mp4": "aac", "mov": "aac", "matroska": "aac"},
+    **{"ogg": "libopus", "webm": "libopus"},
+}
+
+
+@pytest.mark.parametrize("container", CUT)
 def test_a_file_whose_tail_is_cut_off_is_transcribed_as_far_as_it_goes(worker, speech, container):
-    codec = {"wav": "pcm_s16le", "ogg": "libopus", "adts": "aac", "matroska": "aac"}.get(container, container)
+    codec = CUT[container]
     rate = 48_000 if codec == "libopus" else 16_000
-    audio = encode(resampled(torch.cat([speech] * 4), rate), rate, container, codec)
+    # As browsers record: a head for every piece, not one for all at the end, which would be what was cut off.
+    options = {"movflags": "frag_keyframe+empty_moov"} if container in ("mp4", "mov") else {}
+    audio = encode(resampled(torch.cat([speech] * 4), rate), rate, container, codec, **options)
     heard = worker.transcribe(audio[: len(audio) * 7 // 10]).split()
     assert heard[:6] == TEXT.split() * 2 and len(heard) < 12
 
@@ -300,18 +345,55 @@ def test_a_video_without_sound_gets_a_415(worker):
     assert (status, body["type"]) == (415, "NoAudioStream")
 
 
+@pytest.mark.parametrize("target", ["file", "http"])
 @pytest.mark.parametrize(
     "playlist",
     [
-        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n",
-        b"ffconcat version 1.0\nfile /etc/hostname\n",
-        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n",
+        '#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXT-X-MAP:URI="{}"\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n',
+        "ffconcat version 1.0\nfile '{}'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\na=control:{}\n",
+        "<?xml version='1.0'?><MPD><Period><AdaptationSet><Representation><BaseURL>{}</BaseURL></Representation>"
+        "</AdaptationSet></Period></MPD>",
+        "[playlist]\nFile1={}\nNumberOfEntries=1\n",
+        "RTSPtext\r\n{}\r\n",
+        "1\n00:00:00,000 --> 00:00:09,000\n{}\n",
     ],
-    ids=["hls", "concat", "sdp"],
+    ids=["hls", "hls with a map", "concat", "sdp", "dash", "pls", "rtsp", "subtitle"],
 )
-def test_a_playlist_opens_nothing(worker, playlist):
-    [(status, body)] = worker.answer({"body": playlist})
-    assert (status, body["type"]) == (400, "NotAudio")
+def test_a_playlist_opens_nothing(worker, tmp_path, playlist, target):
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(THREE_DIGITS)
+    read = secret.stat().st_atime_ns
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        url = {"file": f"file://{secret}", "http": f"http://127.0.0.1:{listener.getsockname()[1]}/secret.wav"}[target]
+        [(status, body)] = worker.answer({"body": playlist.replace("{}", url).encode()})
+        assert (status, body["type"]) == (400, "NotAudio")
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert secret.stat().st_atime_ns == read
+
+
+@pytest.mark.parametrize("reference", ["file", "http"])
+def test_a_film_whose_sound_is_in_another_file_opens_nothing(worker, tmp_path, speech, reference):
+    """QuickTime can name another file for a track's data, in its dref box."""
+    (tmp_path / "secret.wav").write_bytes(THREE_DIGITS)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        place = {"file": f"file://{tmp_path}/secret.wav", "http": f"http://127.0.0.1:{listener.getsockname()[1]}/a"}
+        url = place[reference].encode() + b"\0"
+        film = bytearray(encode(resampled(speech, 16_000), 16_000, "mov", "pcm_s16le"))
+        boxes = [film.index(box) - 4 for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")]
+        at = boxes[-1] + 16  # behind size, "dref", version and flags, number of entries
+        assert film[at + 4 : at + 8] == b"url "
+        film[at : at + 12] = struct.pack(">I", 12 + len(url)) + b"url " + bytes(4) + url  # flags: not in this file
+        for box in boxes:
+            film[box : box + 4] = struct.pack(">I", struct.unpack(">I", film[box : box + 4])[0] + len(url))
+        [(status, body)] = worker.answer({"body": film})
+        assert (status, body) in [(200, TEXT), (400, body)]  # FFmpeg may take what is in the film itself
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 # Settings
@@ -325,15 +407,16 @@ def test_audio_over_the_limit_gets_a_413(digits_pt):
     assert "2 s" in body["message"]
 
 
-def test_a_small_file_that_claims_hours_is_refused_before_it_is_unpacked(worker, monkeypatch):
+def test_a_small_file_that_claims_hours_is_refused_before_it_is_unpacked(digits_pt, monkeypatch):
     def resample(*_):
         raise MemoryError
 
+    worker = Worker(digits_pt, {"max_audio_seconds": 60})
     file = io.BytesIO()
-    with av.open(file, "w", format="flac") as output:
-        stream = output.add_stream("flac", rate=8, layout="stereo", format="s16", options={"frame_size": "65535"})
+    with av.open(file, "w", format="flac") as output:  # one frame of 65 seconds
+        stream = output.add_stream("flac", rate=1000, layout="stereo", format="s16", options={"frame_size": "65535"})
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 65_535 * 2), np.int16), format="s16", layout="stereo")
-        frame.rate = 8
+        frame.rate = 1000
         for part in (frame, None):
             output.mux(stream.encode(part))
     assert len(file.getvalue()) < 10_000
@@ -342,17 +425,44 @@ def test_a_small_file_that_claims_hours_is_refused_before_it_is_unpacked(worker,
     assert (status, body["type"]) == (413, "AudioTooLong")
 
 
+@pytest.mark.parametrize("rate", [1, 7, 1_073_757_824])
+def test_an_absurd_sample_rate_is_no_audio(worker, speech, rate):
+    samples = (speech.numpy() * 32767).astype(">i2").tobytes()
+    file = b".snd" + struct.pack(">IIIII", 24, len(samples), 3, rate, 1) + samples
+    [(status, body)] = worker.answer({"body": file})
+    assert (status, body["type"]) == (400, "NotAudio")
+
+
+def test_a_file_of_a_packet_a_sample_is_refused(digits_pt, speech):
+    """A CAF file may say that its packets are of unknown length: FFmpeg then hands them over one by one."""
+    worker = Worker(digits_pt, {"max_audio_seconds": 10})
+    file = bytearray(encode(resampled(speech, 16_000), 16_000, "caf", "pcm_s16le"))
+    at = file.index(b"lpcm") + 8
+    assert file[at : at + 8] == struct.pack(">II", 2, 1)  # bytes and frames a packet
+    file[at : at + 8] = struct.pack(">II", 2, 3)
+    [(status, body)] = worker.answer({"body": file})
+    assert (status, body["type"]) == (413, "TooManyPackets")
+
+
 def test_a_wider_beam_hears_the_samples_too(digits_pt):
     worker = Worker(digits_pt, {"beam_width": 10})
     assert worker.transcribe(THREE_DIGITS) == TEXT
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beam_width": 0}, {"beam_width": 1.5}, {"beam_width": "4"}, {"num_threads": True}, {"beam": 4}]
+    "settings",
+    [{"beam_width": 0}, {"beam_width": 1.5}, {"beam_width": "4"}, {"num_threads": True}, {"beam": 4}, ["beam_width"]],
 )
 def test_a_wrong_setting_stops_the_worker_with_a_sentence(digits_pt, settings):
     with pytest.raises(ValueError, match=r"model-config\.yaml"):
         Worker(digits_pt, settings)
+
+
+def test_the_encoders_window_is_a_setting_and_changes_no_word(digits_pt, worker):
+    small = Worker(digits_pt, {"window_segments": 3})
+    assert (small.handler.model.window_segments, worker.handler.model.window_segments) == (3, 96)
+    audio = (SAMPLES / "card-number.m4a").read_bytes()
+    assert small.transcribe(audio) == worker.transcribe(audio) != ""
 
 
 def test_a_worker_uses_the_threads_it_is_given(digits_pt):
@@ -396,6 +506,11 @@ def test_a_plain_scripted_beam_search_is_served_with_the_bundles_assets(tmp_path
     # Its time and memory grow with the square of the length.
     long = encode(quiet_noise(121), 16_000, "wav", "pcm_s16le")
     assert [status for status, _ in worker.answer({"body": long}, {"body": THREE_DIGITS})] == [413, 200]
+    # It does not say when a word was said.
+    [(status, body), as_json] = worker.answer(
+        {"body": THREE_DIGITS, "response_format": "srt"}, {"body": THREE_DIGITS, "response_format": "json"}
+    )
+    assert (status, body["type"], as_json) == (406, "NoTimes", (200, {"text": TEXT}))
 
 
 @needs_bundle_assets

@@ -10,6 +10,7 @@ word for word are counted. The medians of the first part are what export_model.p
 import argparse
 import json
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def main() -> None:
                 late["end"][clip["voice"]].append(heard["end"] - end)
         print(f"\n{title}, seconds behind the truth\n{'':12s}  words  median     10%     25%     75%     90%")
         for edge, voices in late.items():
-            for voice, values in [("all", sum(voices.values(), [])), *sorted(voices.items())]:
+            for voice, values in [("all", list(chain.from_iterable(voices.values()))), *sorted(voices.items())]:
                 percentiles = np.percentile(values, [50, 10, 25, 75, 90])
                 print(f"{edge:5s} {voice:12s} {len(values):5d}", *(f"{value:+7.3f}" for value in percentiles))
 

@@ -1,0 +1,323 @@
+"""The README's tables, row by row, through a real TorchServe."""
+
+import base64
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import struct
+import time
+
+import av
+import grpc
+import jsonschema
+import numpy as np
+import pytest
+import requests
+import srt
+import torch
+import torchaudio
+import webvtt
+from conftest import ROOT, SAMPLES, Server, encode, post, transcripts
+from fuzzing import requests_of
+from google.protobuf import descriptor_pb2, message_factory
+from test_answers import SCHEMA
+
+import serve
+
+THREE_DIGITS = SAMPLES / "three-digits.wav"
+AUDIO = THREE_DIGITS.read_bytes()
+BASE64 = base64.b64encode(AUDIO).decode()
+TEXT = transcripts("digits")["three-digits.wav"]
+RAW = {"Content-Type": "application/octet-stream"}
+
+
+def table(*columns: str) -> list[list[str]]:
+    """The rows of the README's table with these column names."""
+    [rows] = re.findall(
+        rf"^\| {re.escape(' | '.join(columns))} \|\n\|[-|]+\|\n((?:\|.*\n)+)",
+        (ROOT / "README.md").read_text(),
+        flags=re.M,
+    )
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]
+
+
+# What you can send
+
+WAYS = {
+    "the file as the request body": {"data": AUDIO, "headers": RAW},
+    "a form field": {"files": {"file": AUDIO}, "data": {"language": "en"}},
+    "base64 text": {"data": BASE64, "headers": {"Content-Type": "text/plain"}},
+    "base64 in JSON": {"json": {"data": BASE64}},
+    "several files at once": {"json": {"instances": [{"data": BASE64}, {"data": BASE64}]}},
+}
+FILES = {  # container, codec and sample rate of each sound in a row
+    "WAV, W64": [
+        *(("wav", codec, 16_000) for codec in ("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le")),
+        *(("wav", codec, 8_000) for codec in ("pcm_alaw", "pcm_mulaw")),
+        ("w64", "pcm_s16le", 16_000),
+    ],
+    "FLAC": [("flac", "flac", 44_100)],
+    "MP3": [("mp3", "mp3", 44_100)],
+    "AAC": [("adts", "aac", 44_100)],
+    "MP4, M4A, MOV": [("mp4", "aac", 44_100), ("ipod", "alac", 44_100), ("mov", "aac", 48_000)],
+    "Ogg": [("ogg", "libopus", 48_000), ("ogg", "vorbis", 44_100)],
+    "WebM, Matroska": [("webm", "libopus", 48_000), ("webm", "vorbis", 44_100), ("matroska", "aac", 16_000)],
+    "AIFF, AU, CAF": [("aiff", "pcm_s16be", 16_000), ("au", "pcm_s16be", 16_000), ("caf", "pcm_s16le", 16_000)],
+    "AMR": [("amr", "libopencore_amrnb", 8_000)],
+}
+
+
+@pytest.mark.parametrize("way", [row[0] for row in table("how", "with curl")])
+def test_audio_is_understood_however_it_is_sent(server, way):
+    request = next(request for name, request in WAYS.items() if way.startswith(name))
+    answer = requests.post(server.url, **request, timeout=60)
+    if way.startswith("several"):
+        assert answer.json() == {"predictions": [TEXT] * 2}
+    else:
+        assert answer.text == TEXT
+
+
+@pytest.mark.parametrize("file", [row[0] for row in table("file", "sound in it")])
+def test_every_kind_of_file_is_understood(server, speech, file):
+    for container, codec, rate in FILES[file]:
+        samples = torchaudio.functional.resample(speech, 16_000, rate)[None].numpy()
+        audio = encode(samples.repeat(2 if codec == "vorbis" else 1, axis=0), rate, container, codec)
+        assert requests.post(server.url, audio, headers=RAW, timeout=60).text == TEXT, (container, codec)
+
+
+# What you get
+
+
+@pytest.mark.parametrize(
+    ("field", "accept", "_"),
+    table("`response_format`", "`Accept`", "body"),
+)
+def test_the_caller_chooses_the_format(server, field, accept, _):
+    field = field.strip("`")
+    by_field = requests.post(server.url, files={"file": AUDIO}, data={"response_format": field}, timeout=60)
+    answers = [by_field]
+    for value in re.findall("`(.+?)`", accept):
+        answers.append(requests.post(server.url, AUDIO, headers=RAW | {"Accept": value}, timeout=60))
+    if field == "text":
+        answers.append(requests.post(server.url, AUDIO, headers=RAW | {"Accept": None}, timeout=60))
+    for answer in answers:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].split(";")[0] in accept
+        assert answer.text == by_field.text
+    if field == "text":
+        assert by_field.text == TEXT
+    elif field == "json":
+        assert by_field.json() == {"text": TEXT}
+    elif field == "verbose_json":
+        jsonschema.validate(by_field.json(), SCHEMA)
+        assert by_field.json()["text"] == TEXT
+    else:
+        parse = {"srt": srt.parse, "vtt": lambda text: webvtt.from_buffer(io.StringIO(text)).captions}[field]
+        assert [getattr(cue, "content", None) or cue.text for cue in parse(by_field.text)] == [TEXT]
+
+
+def silent_film() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
+            output.mux(stream.encode(part))
+    return file.getvalue()
+
+
+def tiny_packets() -> bytes:
+    file = bytearray(encode(np.zeros((1, 60_000), np.float32), 16_000, "caf", "pcm_s16le"))
+    at = file.index(b"lpcm") + 8
+    file[at : at + 8] = struct.pack(">II", 2, 3)
+    return bytes(file)
+
+
+REFUSED = {
+    "EmptyBody": {"data": b""},
+    "NotAudio": {"data": b"RIFF" + bytes(1000)},
+    "NoSamples": {"data": AUDIO[: AUDIO.index(b"data")] + b"data" + bytes(4)},
+    "UnknownFormat": {"data": AUDIO, "headers": {"Accept": "application/pdf"}},
+    "AudioTooLong": {"data": encode(np.zeros((1, 200_000), np.float32), 8_000, "flac", "flac", "s16")},
+    "TooManyPackets": {"data": tiny_packets()},
+    "NoAudioStream": {"data": silent_film()},
+    "NoDecoder": {"data": encode(np.zeros((1, 9_000), np.float32), 16_000, "mov", "alac").replace(b"alac", b"drms")},
+}
+ELSEWHERE = {"NoTimes", "InternalError"}  # what no request can bring about: see test_handler.py
+
+
+@pytest.fixture(scope="module")
+def strict(digits_pt):
+    """A server whose model takes 20 seconds of audio at most, with a wide beam."""
+    server = Server(digits_pt, beam_width=4, max_audio_seconds=20)
+    assert server.serve("start").returncode == 0
+    yield server
+    server.remove()
+
+
+@pytest.mark.parametrize(("status", "kind"), [row[:2] for row in table("status", "`type`", "when")])
+def test_what_cannot_be_answered_gets_its_status_and_a_sentence(strict, status, kind):
+    kind = kind.strip("`")
+    if kind in ELSEWHERE:
+        assert kind in (ROOT / "tests" / "test_handler.py").read_text()
+        return
+    request = REFUSED[kind]
+    answer = requests.post(strict.url, request["data"], headers=RAW | request.get("headers", {}), timeout=60)
+    body = answer.json()
+    assert (answer.status_code, body["code"], body["type"]) == (int(status), int(status), kind)
+    assert answer.headers["content-type"] == "application/json"
+    assert body["message"].endswith((".", ").")) and len(body["message"]) > 40
+
+
+def test_a_wide_beam_tells_alternatives(strict):
+    answer = requests.post(strict.url, files={"file": AUDIO}, data={"response_format": "verbose_json"}, timeout=60)
+    jsonschema.validate(answer.json(), SCHEMA)
+    assert answer.json()["alternatives"][0]["text"] == TEXT
+
+
+def test_what_was_mended_is_told(server, speech):
+    audio = bytearray(encode(torch.cat([speech] * 4)[None].numpy(), 16_000, "adts", "aac"))
+    audio[len(audio) // 2 : len(audio) // 2 + 400] = bytes(400)
+    answer = requests.post(server.url, bytes(audio), headers=RAW, timeout=60)
+    assert "damaged after" in answer.headers["x-audio-notes"]
+    assert answer.text.startswith(TEXT) and answer.text.endswith(TEXT)
+    form = {"files": {"file": bytes(audio)}, "data": {"response_format": "verbose_json"}}
+    assert requests.post(server.url, **form, timeout=60).json()["notes"] == [answer.headers["x-audio-notes"]]
+
+
+# Metrics
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """What the server says of our model: metric and outcome to value."""
+    url = serve.read_config(server.config)["metrics_address"] + "/metrics"
+    lines = requests.get(url, timeout=60).text.splitlines()
+    found = [re.match(r'(asr_\w+)\{(?:.*Outcome="(\w+)")?.*\} (\S+)$', line) for line in lines if "le=" not in line]
+    return {f"{match[1]} {match[2] or ''}".strip(): float(match[3]) for match in found if match}
+
+
+def test_metrics_count_what_was_asked(new_server, digits_pt):
+    server = new_server(digits_pt)
+    assert server.serve("start").returncode == 0
+    for _ in range(3):
+        assert post(server, THREE_DIGITS).status_code == 200
+    assert post(server, ROOT / "README.md").status_code == 400
+    deadline = time.monotonic() + 30  # TorchServe reads them from the worker's log, a little later
+    while metrics(server).get("asr_requests NotAudio") is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = metrics(server)
+    assert found["asr_requests ok"] == 3
+    assert found["asr_requests NotAudio"] == 1
+    with av.open(str(THREE_DIGITS)) as file:
+        assert found["asr_audio_seconds"] == pytest.approx(3 * file.duration / 1e6, abs=0.01)
+    documented = {name.strip("`"): kind for name, kind, _ in table("metric", "type", "what")}
+    assert documented.keys() == {re.sub("( .*|_count|_sum)$", "", name) for name in found}
+    for name, kind in documented.items():
+        if kind == "histogram":
+            all_batches = name in ("asr_batch_size", "asr_handler_seconds")
+            assert found[f"{name}_count"] == (4 if all_batches else 3)
+            assert found[f"{name}_sum"] > 0
+
+
+def test_torchserves_own_metrics_are_still_there(server):
+    assert post(server, THREE_DIGITS).status_code == 200
+    text = requests.get(serve.read_config(server.config)["metrics_address"] + "/metrics", timeout=60).text
+    assert re.search(r'^ts_inference_requests_total\{model_name="emformer_asr"', text, flags=re.M)
+    assert "\nRequests2XX" in text and "# TYPE QueueTime gauge" in text
+
+
+# Attacks
+
+
+def test_strange_requests_are_answered_and_the_next_one_is_right(server, speech):
+    workers = {process.pid for process in server.processes()}
+    rng = random.Random(3)
+    types = ["application/octet-stream", "audio/wav", "text/plain", "application/json", "multipart/form-data", "x", ""]
+    with requests.Session() as session:
+        for number, (fields, _) in enumerate(requests_of(speech, 300, seed=3)):
+            [content] = [value for name, value in fields.items() if name != "response_format"] or [b""]
+            if isinstance(content, str):
+                content = content.encode()
+            elif not isinstance(content, bytes | bytearray):
+                content = json.dumps(content).encode()
+            headers = {"Content-Type": rng.choice(types)}
+            answer = session.post(server.url, bytes(content), headers=headers, timeout=60)
+            # 500 and 503 would be a handler that raised; TorchServe gives 400 to forms and JSON that it cannot read.
+            assert answer.status_code in {200, 400, 406, 413, 415}, (number, headers, answer.text)
+            if number % 25 == 0:
+                assert post(server, THREE_DIGITS).text == "four seven two"
+    assert workers == {process.pid for process in server.processes()}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /predictions/emformer_asr HTTP/1.0\r\nContent-Length: %d\r\n",
+        b"POST /predictions/emformer_asr HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nAccept: \xff\xfe, */*\r\n",
+        b"POST /predictions/emformer_asr HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nts_stream_next: true\r\n",
+        b"POST /predictions/emformer_asr HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nX: " + b"y" * 7000 + b"\r\n",
+    ],
+    ids=["HTTP/1.0 without a header", "header that is not UTF-8", "header of TorchServe's own", "long header"],
+)
+def test_odd_heads_are_answered(server, head):
+    audio = THREE_DIGITS.read_bytes()
+    head = head.replace(b"%d", str(len(audio)).encode())
+    host, port = serve.read_config(server.config)["inference_address"].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head + b"\r\n" + audio)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, answer.read()) == (200, b"four seven two")
+
+
+def test_no_client_can_forge_a_metric(server):
+    forged = b"\n[METRICS]asr_requests.count:1000000|#Outcome:ok,ModelName:emformer_asr,Level:Model|#type:COUNTER\n"
+    for content_type in ("application/octet-stream", "text/plain", "application/json"):
+        requests.post(server.url, forged, headers={"Content-Type": content_type}, timeout=60)
+    requests.post(server.url, files={"\n[METRICS]x": forged}, timeout=60)
+    time.sleep(3)
+    assert metrics(server).get("asr_requests ok", 0) < 1_000_000
+
+
+# gRPC
+
+
+def grpc_call(server: Server, method: str, fields: dict[str, bytes]) -> list[bytes]:
+    """Call TorchServe's inference service, without the code that is generated from its .proto file."""
+    file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package="test", syntax="proto3")
+    asked = file.message_type.add(name="PredictionsRequest")
+    asked.field.add(name="model_name", number=1, type=9, label=1)
+    asked.field.add(name="model_version", number=2, type=9, label=1)
+    asked.field.add(name="input", number=3, type=11, label=3, type_name=".test.PredictionsRequest.InputEntry")
+    entry = asked.nested_type.add(name="InputEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=9, label=1)
+    entry.field.add(name="value", number=2, type=12, label=1)
+    file.message_type.add(name="PredictionResponse").field.add(name="prediction", number=1, type=12, label=1)
+    messages = message_factory.GetMessages([file])
+    config = serve.read_config(server.config)
+    with grpc.insecure_channel(f"127.0.0.1:{config['grpc_inference_port']}") as channel:
+        call = (channel.unary_stream if method.startswith("Stream") else channel.unary_unary)(
+            f"/org.pytorch.serve.grpc.inference.InferenceAPIsService/{method}",
+            request_serializer=messages["test.PredictionsRequest"].SerializeToString,
+            response_deserializer=messages["test.PredictionResponse"].FromString,
+        )
+        answer = call(messages["test.PredictionsRequest"](model_name="emformer_asr", input=fields), timeout=60)
+        return [part.prediction for part in (answer if method.startswith("Stream") else [answer])]
+
+
+@pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
+def test_grpc_is_answered_by_the_same_handler(server, method):
+    assert b"".join(grpc_call(server, method, {"data": THREE_DIGITS.read_bytes()})) == b"four seven two"
+    [as_json] = grpc_call(server, method, {"data": THREE_DIGITS.read_bytes(), "response_format": b"json"})
+    assert json.loads(as_json) == {"text": "four seven two"}
+    assert post(server, THREE_DIGITS).text == "four seven two"
+
+
+def test_an_error_over_grpc_is_in_the_body(server):
+    [answer] = grpc_call(server, "Predictions", {"data": b"this is no audio"})
+    assert json.loads(answer)["type"] == "NotAudio"
