@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import time
+import urllib.parse
 
 import av
 import grpc
@@ -32,6 +33,7 @@ AUDIO = THREE_DIGITS.read_bytes()
 BASE64 = base64.b64encode(AUDIO).decode()
 TEXT = transcripts("digits")["three-digits.wav"]
 RAW = {"Content-Type": "application/octet-stream"}
+FORM = "application/x-www-form-urlencoded"
 
 
 def table(*columns: str) -> list[list[str]]:
@@ -274,13 +276,33 @@ def test_odd_heads_are_answered(server, head):
         assert (answer.status, answer.read()) == (200, b"four seven two")
 
 
-def test_no_client_can_forge_a_metric(server):
-    forged = b"\n[METRICS]asr_requests.count:1000000|#Outcome:ok,ModelName:emformer_asr,Level:Model|#type:COUNTER\n"
-    for content_type in ("application/octet-stream", "text/plain", "application/json"):
-        requests.post(server.url, forged, headers={"Content-Type": content_type}, timeout=60)
-    requests.post(server.url, files={"\n[METRICS]x": forged}, timeout=60)
+def test_no_client_can_forge_a_metric_or_a_log_line(server):
+    metric = "[METRICS]asr_requests.count:1000000|#Outcome:ok,ModelName:emformer_asr,Level:Model|#type:COUNTER"
+    lines = f"\n{metric}\n2026-01-01T00:00:00,000 [INFO ] forged\n"
+    quoted = urllib.parse.quote(lines, safe="")
+    for content_type in ("application/octet-stream", "text/plain", "application/json", "audio/wav"):
+        for body in (lines, json.dumps({"data": lines}), json.dumps({"data": BASE64, "response_format": lines})):
+            requests.post(server.url, body.encode(), headers={"Content-Type": content_type}, timeout=60)
+    requests.post(server.url, files={lines: (lines, lines)}, data={"response_format": lines}, timeout=60)
+    requests.post(server.url, f"{quoted}={quoted}", headers={"Content-Type": FORM}, timeout=60)
+    for url in (f"{server.url}?{quoted}", f"{server.url}/{quoted}", f"{server.url}{quoted}"):
+        requests.post(url, AUDIO, headers=RAW | {"Accept": metric}, timeout=60)
+    grpc_call(server, "Predictions", {lines: lines.encode(), "response_format": lines.encode()})
     time.sleep(3)
     assert metrics(server).get("asr_requests ok", 0) < 1_000_000
+    for log in (server.folder / "logs").iterdir():
+        for line in log.read_text(errors="replace").splitlines():
+            # The access log has the address as it was sent, which cannot break a line.
+            assert "forged" not in line.replace(quoted, "") and "1000000" not in line.replace(quoted, ""), log
+
+
+def test_json_of_any_depth_is_refused_and_the_worker_lives(server):
+    workers = {process.pid for process in server.processes()}
+    for depth in (900, 1_100, 100_000):
+        for body in ("[" * depth + "]" * depth, '{"data":' * depth + "1" + "}" * depth):
+            answer = requests.post(server.url, body, headers={"Content-Type": "application/json"}, timeout=60)
+            assert (answer.status_code, answer.json()["type"]) == (400, "NotAudio")
+    assert workers == {process.pid for process in server.processes()}
 
 
 # gRPC
