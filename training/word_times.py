@@ -1,6 +1,6 @@
 """How far the words' times of the digits model are from the truth, on synthesised clips whose word times are known.
 
-    python word_times.py --clips data/clips
+    python word_times.py --clips data
 
 The clips are those that synthesise.py wrote and training never saw (``heldout-*.wav``). Only clips that are understood
 word for word are counted. The medians of the first part are what export_model.py writes into the model file, as
