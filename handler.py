@@ -9,6 +9,7 @@ Settings come from the ``handler`` section of an archive's model-config.yaml, se
 """
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -43,8 +45,10 @@ MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
 FFMPEG_OPTIONS = {
     "format_whitelist": "wav,w64,flac,ogg,mp3,aac,mov,matroska,aiff,au,caf,amr",
     "protocol_whitelist": "none",
+    "advanced_editlist": "0",  # a film may otherwise say in a few bytes that it is to be cut up a thousand times
 }
-# The known answers, by the name of OpenAI's response_format: what they are, and what a caller asks for in Accept.
+# The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
+# specific first.
 FORMATS = {
     "text": ("text/plain; charset=utf-8", ("text/plain", "text/*", "*/*")),
     "json": ("application/json", ("application/json", "application/*")),
@@ -53,13 +57,19 @@ FORMATS = {
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
 }
 AUDIO_FIELDS = ("data", "file", "audio", "body")  # where the audio is looked for; "body" is a raw body
+MAX_FILES = 64  # in one request
 # A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
 PAUSE = 0.6  # seconds
 SEGMENT_SECONDS = 7.0
-LINE_CHARACTERS = 42  # of two lines
+LINES = textwrap.TextWrapper(width=42, break_long_words=False)  # of which a subtitle has two at most
+# What decoding may cost, so that no small file keeps a worker busy for minutes or fills the memory: some processor
+# time, and a part of the time that the audio plays; some memory, and a few times what the longest audio needs.
+DECODING_SECONDS, DECODING_RATE = 5.0, 0.1
+DECODING_BYTES, DECODING_COPIES = 2**30, 4
+MAPPED = Path("/proc/self/statm")  # begins with the pages of memory that this process has mapped
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; to resample what claims another one can take minutes and gigabytes
-PACKETS_PER_SECOND = 1_000  # of the longest audio: a file of a packet a sample would take hours
-LOUDEST = 4.0  # times full scale: what is louder is no recording, and is scaled
+GAP = 0.1  # seconds between the times in a file and what has been decoded: more is silence, or lost
+LOUDEST = 4.0  # times full scale: what is louder is no recording
 URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
 SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
 
@@ -182,6 +192,7 @@ class ModelHandler:
         started = time.perf_counter()
         answers: list[str | dict] = [{}] * len(data)
         sounds: dict[int, list[dict]] = {}  # by place in the batch; a request may hold several files
+        spent: Counter[str] = Counter()  # seconds by step
         for index, request in enumerate(data):
             try:
                 headers = context.get_all_request_header(index)
@@ -189,37 +200,36 @@ class ModelHandler:
                     # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
                     # StreamPredictions call does not say that it is the last one.
                     context.set_response_header(index, "ts_stream_next", "false")
-                sounds[index] = self._sounds(request, self._format(request, headers))
+                sounds[index] = self._sounds(request, self._format(request, headers), spent)
             except Exception as error:
                 answers[index] = self._error(index, context, error)
         every = [sound for request in sounds.values() for sound in request]
         searching = time.perf_counter()
         for sound, heard in zip(every, self._transcribe([sound.pop("features") for sound in every]), strict=True):
             sound["heard"] = heard
-        finished = time.perf_counter()
+        spent["engine"] = time.perf_counter() - searching
         for index, request in sounds.items():
             try:
                 answers[index] = self._answer(index, context, request, "instances" in self._json(data[index]))
             except Exception as error:
                 answers[index] = self._error(index, context, error)
-        elapsed, seconds = time.perf_counter() - started, sum(sound["duration"] for sound in every)
+        spent["handler"] = time.perf_counter() - started
+        seconds = sum(sound["duration"] for sound in every)
         self._measure(context, "asr_audio_seconds", seconds, MetricTypes.COUNTER)
         self._measure(context, "asr_batch_size", len(data))
-        self._measure(context, "asr_handler_seconds", elapsed)
+        for step in ("decode", "features", "engine", "handler"):
+            self._measure(context, f"asr_{step}_seconds", spent[step])
         if seconds:
-            for step in ("decode", "features"):
-                self._measure(context, f"asr_{step}_seconds", sum(sound[f"{step}_seconds"] for sound in every))
-            self._measure(context, "asr_engine_seconds", finished - searching)
-            self._measure(context, "asr_real_time_factor", elapsed / seconds)
-        logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, elapsed)
+            self._measure(context, "asr_real_time_factor", spent["handler"] / seconds)
+        logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, spent["handler"])
         return answers
 
     @staticmethod
-    def _measure(context, name: str, value: float, kind=MetricTypes.HISTOGRAM, **dimensions: str) -> None:
+    def _measure(context, name: str, value: float, metric=MetricTypes.HISTOGRAM, **dimensions: str) -> None:
         """Add to one of the metrics that metrics.yaml declares."""
         if context.metrics is not None:
             items = [Dimension(*item) for item in dimensions.items()]
-            context.metrics.add_metric(name, value, "count", dimensions=items, metric_type=kind)
+            context.metrics.add_metric(name, value, "count", dimensions=items, metric_type=metric)
 
     def _error(self, index: int, context, error: Exception) -> dict:
         """Set one request's HTTP status; returns the object that TorchServe sends as its JSON body."""
@@ -246,45 +256,54 @@ class ModelHandler:
         """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
 
         Raises:
-            RequestError: there is no such format.
+            RequestError: there is no such format, or not from this model file.
         """
         field = request.get("response_format") or self._json(request).get("response_format")
         if field:
             field = field.decode("ascii", "replace") if isinstance(field, bytes | bytearray) else field
-            if field in list(FORMATS):
-                return field
+            name = field if isinstance(field, str) and field in FORMATS else None
         else:
             accept = [value for name, value in headers.items() if name.lower() == "accept" and isinstance(value, str)]
-            wanted = []
-            for item in "".join(accept or "*/*").lower().replace(" ", "").replace('"', "").split(","):
+            ranges: dict[str, tuple[float, int]] = {}  # media type to its weight; of equals, the first wins
+            accept = "".join(accept).lower().replace(" ", "").replace('"', "") or "*/*"
+            for place, item in enumerate(accept.split(",")):
                 media_type, *parameters = item.split(";")
                 quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
                 quality = float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0
                 media_type += ";profile=verbose" * ("profile=verbose" in parameters)
-                wanted.append((quality, media_type))
-            for quality, media_type in sorted(wanted, key=lambda each: -each[0]):  # of equals, the first
-                for name, (_, media_types) in FORMATS.items():
-                    if quality > 0 and media_type in media_types:
-                        return name
-        message = (
-            f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
-            f"{', '.join(media_types[0] for _, media_types in FORMATS.values())}."
-        )
-        raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "UnknownFormat", message)
+                ranges.setdefault(media_type, (quality, -place))
+            weights = {
+                name: next((ranges[media_type] for media_type in media_types if media_type in ranges), (0.0, 0))
+                for name, (_, media_types) in FORMATS.items()
+            }
+            name = max(weights, key=weights.get)
+            name = name if weights[name][0] > 0 else None
+        if name is None:
+            message = (
+                f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
+                f"{', '.join(media_types[0] for _, media_types in FORMATS.values())}."
+            )
+            raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "UnknownFormat", message)
+        if name not in ("text", "json") and not hasattr(self.model, "decode"):
+            message = "The model file gives no times: only the formats text and json can be had."
+            raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "NoTimes", message)
+        return name
 
-    def _sounds(self, request: dict, response_format: str) -> list[dict]:
-        """Each audio file of a request, ready for the engine: its features (T, 80), duration, what took how long."""
-        sounds, budget = [], float(self.settings["max_audio_seconds"])
+    def _sounds(self, request: dict, response_format: str, spent: Counter[str]) -> list[dict]:
+        """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
+        sounds, used = [], time.thread_time()
+        left = float(self.settings["max_audio_seconds"])  # for all its files together
         for audio in self._audio_files(request):
-            started = time.perf_counter()
-            notes: list[str] = []
-            waveform = self._waveform(audio, budget, notes)
-            decoded = time.perf_counter()
+            started, notes = time.perf_counter(), []
+            try:
+                waveform = self._waveform(audio, left, used, notes)
+            finally:
+                decoded = time.perf_counter()
+                spent["decode"] += decoded - started
             features, duration = self._features(waveform), len(waveform) / self.sample_rate
-            budget -= max(duration, self.segment_samples / self.sample_rate)  # the least that one costs
-            done = time.perf_counter()
-            sound = {"format": response_format, "features": features, "duration": duration, "notes": notes}
-            sounds.append(sound | {"decode_seconds": decoded - started, "features_seconds": done - decoded})
+            spent["features"] += time.perf_counter() - decoded
+            left -= duration
+            sounds.append({"format": response_format, "features": features, "duration": duration, "notes": notes})
         return sounds
 
     def _audio_files(self, request: dict) -> Iterator[bytes | bytearray]:
@@ -297,13 +316,17 @@ class ModelHandler:
         if "instances" in body:  # KServe's way of sending several at once
             instances = body["instances"] if isinstance(body["instances"], list) else []
             values = [instance.get("data") if isinstance(instance, dict) else 0 for instance in instances]
+            if len(values) > MAX_FILES:
+                message = f"The request has {len(values)} files, and one may have {MAX_FILES}: send several requests."
+                raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyFiles", message)
         elif body:
             values = [body.get("data", 0)]
         else:
             # A form may have other fields beside the file: where none has a usual name, the file is the longest.
-            named = [request.get(name) for name in AUDIO_FIELDS]
-            others = sorted((v for v in request.values() if isinstance(v, bytes | bytearray | str)), key=len)
-            values = [next((value for value in [*named, *others[::-1]] if value), b"")]
+            named = [request[name] for name in AUDIO_FIELDS if name in request]
+            others = [value for name, value in request.items() if name != "response_format"]
+            others = sorted((value for value in others if isinstance(value, bytes | bytearray | str)), key=len)
+            values = [next((value for value in named or others[::-1] if value), b"")]
         for value in values or [b""]:
             if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
                 # With or without a data URI's head, line breaks and padding; either alphabet.
@@ -328,7 +351,7 @@ class ModelHandler:
     # From bytes to tokens
 
     def _waveform(
-        self, audio: bytes | bytearray, limit: float = math.inf, notes: list[str] | None = None
+        self, audio: bytes | bytearray, limit: float = math.inf, used: float = math.inf, notes: list[str] | None = None
     ) -> torch.Tensor:
         """Decode an audio file of any sample rate, channel count and bit depth, as far as it goes.
 
@@ -337,89 +360,119 @@ class ModelHandler:
         Args:
             audio (bytes or bytearray): the file.
             limit (float): the longest that it may be, in seconds.
+            used (float): this thread's processor time when the request came, in seconds.
             notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended.
 
         Returns:
             Tensor: (samples,), float32, full scale 1.0, mono, at ``self.sample_rate``.
 
         Raises:
-            RequestError: the bytes are no audio file, or it has no audio, or too much of it.
+            RequestError: the bytes are no audio file, or it has no audio, or too much, or costs too much to decode.
         """
-        chunks, samples, damaged = [], 0, []
+        chunks, notes = [], [] if notes is None else notes
         try:
-            with av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
+            with (
+                self._limited_memory(),
+                av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container,
+            ):
                 if not container.streams.audio:
                     message = f"The file has no audio stream. {SEND_AUDIO}."
                     raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
-                for frame in self._resampled(self._frames(container, limit, damaged)):
-                    packed = torch.from_numpy(frame.to_ndarray())  # (1, samples * channels)
-                    # The mean of the channels: FFmpeg's own downmix would be 3 dB louder than either side.
-                    chunks.append(packed.view(frame.samples, -1).mean(dim=1))  # (samples,)
-                    samples += frame.samples
+                chunks.extend(self._resampled(self._frames(container, limit, used, notes)))
         except av.error.DecoderNotFoundError:
             message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message) from None
+        except MemoryError:
+            raise self._too_costly() from None
         except (av.FFmpegError, ValueError, ZeroDivisionError):
-            damaged.append(samples / self.sample_rate)
-        if samples == 0:
-            kind, what = (
-                ("NotAudio", "is not audio I can read") if damaged else ("NoSamples", "has zero samples of sound")
-            )
+            notes.append("The file is damaged or cut off; what could be read was transcribed.")
+        if not sum(map(len, chunks)):
+            kind, what = ("NotAudio", "is not audio I can read") if notes else ("NoSamples", "has no samples of sound")
             message = f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.BAD_REQUEST, kind, message)
-        notes = [] if notes is None else notes
-        if damaged:
-            notes.append(f"The file is damaged after {damaged[0]:.2f} s; what could be read was transcribed.")
         return self._sane(torch.cat(chunks), notes)
 
-    def _frames(self, container: av.container.InputContainer, limit: float, damaged: list[float]) -> Iterator:
-        """The sound's frames as they are; where a packet cannot be decoded goes into ``damaged``, in seconds.
+    @contextlib.contextmanager
+    def _limited_memory(self) -> Iterator[None]:
+        """Let allocations fail that no honest file needs: FFmpeg takes some headers at their word. On Linux only."""
+        if not MAPPED.exists():
+            yield
+            return
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        longest = self.settings["max_audio_seconds"] * self.sample_rate * torch.float32.itemsize
+        most = int(MAPPED.read_text().split()[0]) * resource.getpagesize() + DECODING_BYTES + DECODING_COPIES * longest
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+    def _too_costly(self) -> RequestError:
+        message = "To decode the file takes too much time or memory: convert it, to FLAC for instance."
+        return self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooCostly", message)
+
+    def _frames(
+        self, container: av.container.InputContainer, limit: float, used: float, notes: list[str]
+    ) -> Iterator[tuple[float, av.AudioFrame]]:
+        """The sound's frames as they are, each with the seconds in which there is no sound before it.
 
         Raises:
-            RequestError: they last longer than ``limit`` seconds, or come in too many packets.
+            RequestError: they last longer than ``limit`` seconds, or take too long to decode.
         """
-        seconds = 0.0
-        for number, packet in enumerate(container.demux(audio=0)):
-            if number > PACKETS_PER_SECOND * self.settings["max_audio_seconds"]:
-                message = f"The file has more than {number - 1} packets of sound: convert it, to FLAC for instance."
-                raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyPackets", message)
+        longest, damaged, seconds = self.settings["max_audio_seconds"], False, 0.0
+        origin = (container.start_time or 0) / av.time_base
+        for packet in container.demux(audio=0):
+            if time.thread_time() - used > DECODING_SECONDS + DECODING_RATE * (longest - limit + seconds):
+                raise self._too_costly()
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                damaged.append(seconds)
-                continue
+                frames, damaged = [], True
             for frame in frames:
-                # Before resampling: one small frame that claims a few samples a second would become gigabytes.
                 if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
-                    damaged.append(seconds)
+                    damaged = True
                     continue
-                seconds += frame.samples / frame.sample_rate
-                if seconds > limit:
-                    most = self.settings["max_audio_seconds"]
+                gap = 0.0 if frame.time is None else frame.time - origin - seconds
+                gap = gap if GAP < gap < limit - seconds else 0.0
+                damaged = damaged or (gap > 0 and seconds > 0)
+                # Before resampling: one small frame that claims a few samples a second would become gigabytes.
+                seconds += gap + frame.samples / frame.sample_rate
+                if seconds > limit + 0.001:
                     declared = f" (it says of itself: {container.duration / 1e6:.0f} s)" if container.duration else ""
                     message = (
-                        f"The audio is longer than the {most} s that this server takes{declared}: send it in pieces."
+                        f"The audio is longer than {longest} s, the most for a request{declared}: send it in pieces."
                     )
                     raise self.RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
-                yield frame
+                yield gap, frame
+        if damaged:
+            notes.append("The file is damaged or has gaps; what could be read was transcribed.")
 
-    def _resampled(self, frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
-        """Bring decoded frames to ``self.sample_rate``, all channels kept, as packed float32.
+    def _resampled(self, frames: Iterator[tuple[float, av.AudioFrame]]) -> Iterator[torch.Tensor]:
+        """Bring decoded frames to ``self.sample_rate`` and mix their channels: pieces (samples,), float32.
 
-        Packed, because PyAV crashes on planar frames of eight channels and more.
+        Packed samples, because PyAV crashes on planar frames of eight channels and more.
         """
         resampler, source = None, None
-        for frame in frames:
+        for gap, frame in frames:
             kind = (frame.format.name, frame.layout.name, frame.sample_rate)
-            if kind != source:  # also midway, in files that were joined
+            if kind != source or gap:  # also midway, in files that were joined
                 if resampler:
-                    yield from resampler.resample(None)  # what is left in it
+                    yield from map(self._mono, resampler.resample(None))  # what is left in it
                 # In pieces of some seconds: one for every decoded frame would take three times as long.
                 resampler = av.AudioResampler(format="flt", rate=self.sample_rate, frame_size=4 * self.sample_rate)
                 source = kind
-            yield from resampler.resample(frame)
+            yield torch.zeros(round(gap * self.sample_rate))
+            yield from map(self._mono, resampler.resample(frame))
         if resampler:
-            yield from resampler.resample(None)
+            yield from map(self._mono, resampler.resample(None))
+
+    @staticmethod
+    def _mono(frame: av.AudioFrame) -> torch.Tensor:
+        """The mean of the channels, (samples,): FFmpeg's own downmix would be 3 dB louder than either side."""
+        return torch.from_numpy(frame.to_ndarray()).view(frame.samples, -1).mean(dim=1)
 
     def _sane(self, waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
         """``waveform`` without what is no number, and within full scale; adds to ``notes`` what was done.
@@ -437,8 +490,10 @@ class ModelHandler:
             waveform = waveform.where(finite, 0.0)
         peak = float(waveform.abs().max())
         if peak > LOUDEST:  # float files only; often integers that nobody has scaled
+            # All but the loudest: a single wrong sample must not make silence of the others.
+            level = float(waveform.abs().kthvalue(math.ceil(0.9999 * len(waveform))).values)
             notes.append(f"The samples reach {peak:.3g} times full scale and were scaled down to it.")
-            waveform = waveform / peak
+            waveform = (waveform / max(level, 1.0)).clamp(-1.0, 1.0)
         return waveform
 
     def _features(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -492,16 +547,17 @@ class ModelHandler:
 
     def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""
-        answers, notes = [], []
+        answers = []
         for sound in sounds:
             if isinstance(sound["heard"], Exception):
                 raise sound["heard"]
             answers.append(self._formatted(sound))
-            notes += sound["notes"]
         content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
         context.set_response_content_type(index, content_type)
-        if notes:
-            context.set_response_header(index, "x-audio-notes", " ".join(notes))
+        mended = [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]
+        if mended:
+            note = f"{len(mended)} of the files had to be mended: ask for verbose_json." if several else mended[0]
+            context.set_response_header(index, "x-audio-notes", note)
         self._measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
         return {"predictions": answers} if several else answers[0]
 
@@ -527,39 +583,31 @@ class ModelHandler:
         srt, cues = sound["format"] == "srt", []
         for number, segment in enumerate(segments, start=1):
             times = " --> ".join(self._clock(segment[end], "," if srt else ".") for end in ("start", "end"))
-            lines = textwrap.fill(segment["text"], LINE_CHARACTERS, break_long_words=False)
-            cues.append(f"{number}\n{times}\n{lines}\n")
+            cues.append(f"{number}\n{times}\n{LINES.fill(segment['text'])}\n")
         return "\n".join(cues if srt else ["WEBVTT\n", *cues])
 
     def _words(
         self, tokens: list[int], score: float, frames: list[int], log_probs: list[float], duration: float
-    ) -> list:
+    ) -> list[dict]:
         """The words of a hypothesis, with times in seconds and probabilities.
 
         A word begins at its first token, or where the model marked its beginning by a token that is not text, and ends
         after its last; both are corrected by the delays that the model file tells.
-
-        Raises:
-            RequestError: the model file is a plain RNNTBeamSearch, which gives no times.
         """
-        if frames is None:
-            message = "The model file gives no times: only the formats text and json can be had."
-            raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "NoTimes", message)
         pieces, marks = self.tokens_to_text.sp_model, self.tokens_to_text.post_process_remove_list
         words: list[dict] = []
-        mark = None
+        mark = []  # frame and log-probability of the mark before this token
         for token, frame, log_prob in zip(tokens[1:], frames, log_probs, strict=True):
             if token in marks:
-                mark = (frame, log_prob)
+                mark = [(frame, log_prob)]
                 continue
             piece = pieces.id_to_piece(token)
             if piece.startswith("\u2581") or not words:
-                first, before = mark or (frame, 0.0)
-                words.append({"word": "", "first": first, "log_probs": [before]})
+                words.append({"word": "", "log_probs": [p for _, p in mark], "first": mark[0][0] if mark else frame})
             words[-1]["word"] += piece.replace("\u2581", "")
             words[-1]["last"] = frame + 1
             words[-1]["log_probs"].append(log_prob)
-            mark = None
+            mark = []
         words = [word for word in words if word["word"]]
         latest = 0.0
         for word in words:
@@ -576,12 +624,12 @@ class ModelHandler:
         groups: list[list[dict]] = []
         for word in words:
             group = groups[-1] if groups else []
-            length = sum(len(other["word"]) + 1 for other in group) + len(word["word"])
+            text = " ".join(other["word"] for other in [*group, word])
             if (
                 not group
                 or word["start"] - group[-1]["end"] > PAUSE
                 or word["end"] - group[0]["start"] > SEGMENT_SECONDS
-                or length > 2 * LINE_CHARACTERS
+                or len(LINES.wrap(text)) > 2
             ):
                 groups.append([])
             groups[-1].append(word)

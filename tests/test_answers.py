@@ -2,7 +2,10 @@
 
 import base64
 import io
-import json
+import math
+import random
+import statistics
+import textwrap
 
 import jsonschema
 import numpy as np
@@ -68,6 +71,7 @@ def verbose(worker: Worker, audio: bytes) -> dict:
     ("accept", "content_type"),
     [
         (None, "text/plain; charset=utf-8"),
+        ("", "text/plain; charset=utf-8"),
         ("*/*", "text/plain; charset=utf-8"),
         ("text/html, application/xhtml+xml, */*;q=0.8", "text/plain; charset=utf-8"),
         ("application/json, text/plain, */*", "application/json"),
@@ -105,6 +109,7 @@ def test_the_form_field_chooses_the_format_before_the_header(worker, name, kind)
         ({"response_format": ["text"]}, {}),
         ({}, {"Accept": "application/pdf"}),
         ({}, {"Accept": "text/plain;q=0"}),
+        ({}, {"Accept": "text/plain;q=0, */*"}),
         ({}, {"Accept": ";;,;q=one,"}),
     ],
 )
@@ -127,12 +132,12 @@ def test_words_are_those_of_the_text_in_order_and_inside_the_audio(worker, file)
 
 
 def test_words_are_where_they_are_said(worker, speech):
-    """Three digits a second later are told a second later."""
-    first = verbose(worker, encode(speech[None].numpy(), 16_000, "wav", "pcm_s16le"))
-    late = verbose(worker, encode(pad(speech, 1.0)[None].numpy(), 16_000, "wav", "pcm_s16le"))
-    for before, after in zip(first["words"], late["words"], strict=True):
-        assert abs(after["start"] - before["start"] - 1.0) <= 0.12
-        assert abs(after["end"] - before["end"] - 1.0) <= 0.12
+    """The sample says its digits with silence around them, which is where the waveform is loud."""
+    for before in (0.0, 1.0):
+        words = verbose(worker, encode(pad(speech, before)[None].numpy(), 16_000, "wav", "pcm_s16le"))["words"]
+        loud = (pad(speech, before).abs() > 0.02).nonzero() / 16_000
+        assert words[0]["start"] == pytest.approx(float(loud.min()), abs=0.12)
+        assert words[-1]["end"] == pytest.approx(float(loud.max()), abs=0.25)
 
 
 def pad(speech: torch.Tensor, seconds: float) -> torch.Tensor:
@@ -150,18 +155,42 @@ def test_subtitles_are_read_by_others_and_break_at_pauses(worker, speech):
     captions = webvtt.from_buffer(io.StringIO(as_vtt)).captions
     assert [cue.content for cue in cues] == [caption.text for caption in captions] == [TEXT] * 8
     for cue, caption in zip(cues, captions, strict=True):
-        assert cue.start.total_seconds() == pytest.approx(caption.start_in_seconds, abs=1)
+        assert f"0{cue.start}000"[:12] == caption.start and f"0{cue.end}000"[:12] == caption.end
         assert cue.start < cue.end
 
 
-def test_a_subtitle_holds_at_most_seven_seconds_and_two_lines(worker):
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 1.0])
+def test_a_subtitle_holds_at_most_seven_seconds_and_two_lines(worker, seconds):
+    names, rng = ["oh", "one", "four", "three", "seven", "extraordinary", "a" * 50], random.Random(0)
     words = [
-        {"word": "abcdefgh", "start": 0.3 * i, "end": 0.3 * i + 0.2, "log_probs": [-0.1], "probability": 0.9}
-        for i in range(100)
+        {"word": rng.choice(names), "start": seconds * i, "end": seconds * (i + 0.7), "log_probs": [-0.1]}
+        for i in range(1000)
     ]
-    for segment in worker.handler._segments(words):
+    segments = worker.handler._segments(words)
+    assert " ".join(segment["text"] for segment in segments) == " ".join(word["word"] for word in words)
+    for segment in segments:
         assert segment["end"] - segment["start"] <= 7.0
-        assert len(segment["text"]) <= 84
+        lines = textwrap.wrap(segment["text"], 42, break_long_words=False)
+        assert len(lines) <= 2
+
+
+def test_probabilities_are_those_of_the_tokens(worker, speech):
+    [[(tokens, _, _, log_probs), *_]] = worker.handler._search([worker.handler._features(speech)])
+    body = verbose(worker, THREE_DIGITS)
+    # Each word is a mark and a token.
+    assert len(log_probs) == len(tokens) - 1 == 2 * len(body["words"])
+    for i, word in enumerate(body["words"]):
+        assert word["probability"] == pytest.approx(math.exp(log_probs[2 * i] + log_probs[2 * i + 1]), abs=1e-4)
+    assert body["segments"][0]["avg_logprob"] == pytest.approx(statistics.fmean(log_probs), abs=1e-4)
+
+
+def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speech):
+    [[(tokens, score, frames, _), *_]] = worker.handler._search([worker.handler._features(speech)])
+    tokens, frames = tokens[:1] + tokens[2::2], frames[1::2]
+    words = worker.handler._words(tokens, score, frames, [-1.0] * len(frames), 3.0)
+    assert [word["word"] for word in words] == TEXT.split()
+    assert [word["probability"] for word in words] == [round(math.exp(-1), 4)] * 3
+    assert worker.handler._segments(words)[0]["avg_logprob"] == -1.0
 
 
 def test_silence_has_no_words_in_any_format(worker):
@@ -173,14 +202,22 @@ def test_silence_has_no_words_in_any_format(worker):
     assert webvtt.from_buffer(io.StringIO(vtt)).captions == []
 
 
-def test_many_tiny_files_may_not_fill_the_memory(digits_pt):
-    """A file of one sample is computed as a segment of 160 ms, and counts as one."""
-    worker = Worker(digits_pt, {"max_audio_seconds": 3})
+def test_a_request_has_at_most_64_files(worker):
+    """A file of one sample is computed as a segment of 160 ms: thousands would cost more than they are long."""
     click = encode(np.zeros((1, 1), np.float32), 16_000, "wav", "pcm_s16le")
     one = {"data": base64.b64encode(click).decode()}
-    assert worker.answer({"body": {"instances": [one] * 18}})[0][0] == 200
-    [(status, body)] = worker.answer({"body": {"instances": [one] * 20}})
-    assert (status, body["type"]) == (413, "AudioTooLong")
+    assert worker.answer({"body": {"instances": [one] * 64}}) == [(200, {"predictions": [""] * 64})]
+    [(status, body)] = worker.answer({"body": {"instances": [one] * 65}})
+    assert (status, body["type"]) == (413, "TooManyFiles")
+
+
+def test_what_was_mended_of_several_files_is_told_in_few_words(worker, speech):
+    damaged = encode(speech.repeat(4)[None].numpy(), 16_000, "adts", "aac")
+    damaged = damaged[: len(damaged) // 2] + bytes(400) + damaged[len(damaged) // 2 + 400 :]
+    instances = [{"data": base64.b64encode(audio).decode()} for audio in [THREE_DIGITS] + [damaged] * 63]
+    [(_, body)] = worker.answer({"body": {"instances": instances, "response_format": "verbose_json"}})
+    assert ["notes" in prediction for prediction in body["predictions"]] == [False] + [True] * 63
+    assert worker.context.get_response_headers(0)["x-audio-notes"].startswith("63 of the files")
 
 
 def test_a_wide_beam_tells_alternatives(digits_pt):
@@ -196,7 +233,6 @@ def test_several_files_in_kserves_way_are_answered_in_order(worker):
     [(_, body)] = worker.answer({"body": {"instances": instances, "response_format": "json"}})
     assert body == {"predictions": [{"text": text} for _, text in files]}
     assert worker.context.get_response_content_type(0) == "application/json"
-    json.dumps(body)
 
 
 @pytest.mark.parametrize("instances", [[], {}, "text", [{}], [17], [{"data": None}], [{"data": ""}]])

@@ -3,8 +3,10 @@
 import base64
 import inspect
 import io
+import resource
 import socket
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -136,6 +138,9 @@ def test_audio_is_found_however_it_was_sent(worker, request_fields):
         ({"body": None}, "EmptyBody", "-T speech.wav"),
         ({"body": bytearray()}, "EmptyBody", "application/octet-stream"),
         ({"body": ""}, "EmptyBody", "-T speech.wav"),
+        ({"file": bytearray(), "response_format": bytearray(b"json")}, "EmptyBody", "-T speech.wav"),
+        ({"file": bytearray(), "language": bytearray(b"en")}, "EmptyBody", "-T speech.wav"),
+        ({"response_format": bytearray(b"json")}, "EmptyBody", "-T speech.wav"),
         ({"body": {}}, "EmptyBody", "-T speech.wav"),
         ({"body": "good morning!"}, "NotAudio", "base64"),
         ({"body": {"data": 17}}, "NotAudio", '"data"'),
@@ -281,13 +286,47 @@ def test_a_file_whose_tail_is_cut_off_is_transcribed_as_far_as_it_goes(worker, s
     assert heard[:6] == TEXT.split() * 2 and len(heard) < 12
 
 
-def test_damage_in_the_middle_is_skipped_and_told(worker, speech):
-    audio = bytearray(encode(resampled(torch.cat([speech] * 4), 16_000), 16_000, "adts", "aac"))
-    middle = len(audio) // 2
-    audio[middle : middle + 400] = bytes(400)
-    heard = worker.transcribe(audio).split()
-    assert heard[:3] == heard[-3:] == TEXT.split()
+@pytest.mark.parametrize("container", ["adts", "flac", "matroska", "ogg", "mp3"])
+def test_damage_in_the_middle_is_skipped_and_told(worker, speech, container):
+    codec = CUT[container]
+    rate = 48_000 if codec == "libopus" else 16_000
+    audio = bytearray(encode(resampled(torch.cat([speech] * 6), rate), rate, container, codec))
+    audio[len(audio) // 4 : len(audio) // 2] = bytes(len(audio) // 2 - len(audio) // 4)
+    [(status, body)] = worker.answer({"file": audio, "response_format": "verbose_json"})
+    words = [word["word"] for word in body["words"]]
+    assert (status, words[:3], words[-3:]) == (200, TEXT.split(), TEXT.split())
     assert "damaged" in worker.context.get_response_headers(0)["x-audio-notes"]
+    if container in ("flac", "matroska", "ogg"):  # these tell the time; the others' sound moves together
+        length = len(speech) / 16_000
+        assert body["words"][-1]["start"] - body["words"][0]["start"] == pytest.approx(5 * length + 0.9, abs=0.3)
+
+
+def test_words_of_a_film_whose_sound_begins_later_have_the_films_times(worker, speech):
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        picture = output.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 64
+        picture.pix_fmt = "yuv420p"
+        sound = output.add_stream("flac", rate=16_000, layout="mono", format="s16")
+        samples = (speech[None].numpy() * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.rate, frame.pts, frame.time_base = 16_000, 5 * 16_000, Fraction(1, 16_000)
+        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
+            output.mux(picture.encode(part))
+        for part in (frame, None):
+            output.mux(sound.encode(part))
+    [(_, late)] = worker.answer({"file": file.getvalue(), "response_format": "verbose_json"})
+    [(_, soon)] = worker.answer({"file": THREE_DIGITS, "response_format": "verbose_json"})
+    assert late["text"] == soon["text"] == TEXT
+    for after, before in zip(late["words"], soon["words"], strict=True):
+        assert after["start"] == pytest.approx(before["start"] + 5, abs=0.05)
+    assert "x-audio-notes" not in worker.context.get_response_headers(0)
+
+
+def test_one_wrong_sample_does_not_silence_the_file(worker, speech):
+    samples = speech.numpy().astype("<f4")
+    samples[20_000] = 1e6
+    assert worker.transcribe(wav(samples, 1, 4, 3)) == TEXT
 
 
 def test_one_silent_channel_does_not_hide_the_speech(worker, speech):
@@ -378,7 +417,7 @@ def test_a_playlist_opens_nothing(worker, tmp_path, playlist, target):
 @pytest.mark.parametrize("reference", ["file", "http"])
 def test_a_film_whose_sound_is_in_another_file_opens_nothing(worker, tmp_path, speech, reference):
     """QuickTime can name another file for a track's data, in its dref box."""
-    (tmp_path / "secret.wav").write_bytes(THREE_DIGITS)
+    (tmp_path / "secret.wav").write_bytes((SAMPLES / "telephone.wav").read_bytes())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
         place = {"file": f"file://{tmp_path}/secret.wav", "http": f"http://127.0.0.1:{listener.getsockname()[1]}/a"}
@@ -433,15 +472,60 @@ def test_an_absurd_sample_rate_is_no_audio(worker, speech, rate):
     assert (status, body["type"]) == (400, "NotAudio")
 
 
-def test_a_file_of_a_packet_a_sample_is_refused(digits_pt, speech):
-    """A CAF file may say that its packets are of unknown length: FFmpeg then hands them over one by one."""
-    worker = Worker(digits_pt, {"max_audio_seconds": 10})
-    file = bytearray(encode(resampled(speech, 16_000), 16_000, "caf", "pcm_s16le"))
-    at = file.index(b"lpcm") + 8
-    assert file[at : at + 8] == struct.pack(">II", 2, 1)  # bytes and frames a packet
-    file[at : at + 8] = struct.pack(">II", 2, 3)
-    [(status, body)] = worker.answer({"body": file})
-    assert (status, body["type"]) == (413, "TooManyPackets")
+def test_audio_of_exactly_the_limit_is_answered(digits_pt):
+    worker = Worker(digits_pt, {"max_audio_seconds": 20})
+    for rate in (8_000, 11_025, 16_000, 44_100):
+        exact = encode(np.zeros((1, 20 * rate), np.float32), rate, "wav", "pcm_s16le")
+        longer = encode(np.zeros((1, 20 * rate + rate // 100), np.float32), rate, "wav", "pcm_s16le")
+        assert [status for status, _ in worker.answer({"body": exact}, {"body": longer})] == [200, 413]
+
+
+def costly_files(speech: torch.Tensor) -> dict[str, bytes]:
+    """Small files that would keep a worker busy for minutes."""
+    caf = bytearray(encode(resampled(speech.repeat(9), 16_000), 16_000, "caf", "pcm_s16le"))
+    at = caf.index(b"lpcm") + 8
+    assert caf[at : at + 8] == struct.pack(">II", 2, 1)  # bytes and frames a packet
+    caf[at : at + 8] = struct.pack(">II", 2, 3)  # FFmpeg then hands them over one by one
+    rates = b"".join(encode(np.zeros((1, 2048), np.float32), rate, "adts", "aac") for rate in (88_200, 96_000))
+    return {"a packet a sample": bytes(caf), "another rate every few packets": rates * 150}
+
+
+def test_a_small_file_that_costs_much_is_refused(worker, speech, monkeypatch):
+    monkeypatch.setattr(handler, "DECODING_SECONDS", 0.2)  # what is promised is that there is a limit, not which
+    monkeypatch.setattr(handler, "DECODING_RATE", 0.001)
+    for name, file in costly_files(speech).items():
+        [(status, body)] = worker.answer({"body": file})
+        assert (status, isinstance(body, dict) and body["type"]) == (413, "TooCostly"), name
+
+
+def test_a_header_that_claims_millions_of_samples_gets_no_memory_for_them(worker):
+    """A QuickTime file's table of samples, all of the same size, is a number and needs no bytes."""
+
+    def box(kind: bytes, *parts: bytes) -> bytes:
+        return struct.pack(">I", 8 + sum(map(len, parts))) + kind + b"".join(parts)
+
+    count = 400_000_000
+    entry = box(b"sowt", bytes(6), struct.pack(">H", 1), bytes(8), struct.pack(">HHHHI", 1, 16, 0, 0, 16_000 << 16))
+    table = [
+        box(b"stsd", bytes(4), struct.pack(">I", 1), entry),
+        box(b"stts", bytes(4), struct.pack(">III", 1, count, 1)),
+        box(b"stsc", bytes(4), struct.pack(">IIII", 1, 1, count, 1)),
+        box(b"stsz", bytes(4), struct.pack(">II", 1, count)),
+        box(b"stco", bytes(4), struct.pack(">II", 1, 48)),
+    ]
+    minf = box(b"minf", box(b"smhd", bytes(8)), box(b"stbl", *table))
+    mdhd = box(b"mdhd", bytes(12), struct.pack(">II", 16_000, count), bytes(4))
+    mdia = box(b"mdia", mdhd, box(b"hdlr", bytes(4), b"mhlrsoun", bytes(13)), minf)
+    tkhd = box(b"tkhd", b"\0\0\0\1", bytes(8), struct.pack(">I", 1), bytes(4), struct.pack(">I", 10**6), bytes(60))
+    mvhd = box(b"mvhd", bytes(12), struct.pack(">II", 1000, 10**6), bytes(80))
+    head = box(b"ftyp", b"qt  ", bytes(4), b"qt  ")
+    file = head + box(b"mdat", bytes(100)) + box(b"moov", mvhd, box(b"trak", tkhd, mdia))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    [(status, _)] = worker.answer({"body": file})
+    assert status in (200, 400)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB; the table needs 9.6 GB
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert worker.transcribe(THREE_DIGITS) == TEXT
 
 
 def test_a_wider_beam_hears_the_samples_too(digits_pt):
