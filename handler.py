@@ -258,27 +258,13 @@ class ModelHandler:
         Raises:
             RequestError: there is no such format, or not from this model file.
         """
-        field = request.get("response_format") or self._json(request).get("response_format")
-        if field:
-            field = field.decode("ascii", "replace") if isinstance(field, bytes | bytearray) else field
-            name = field if isinstance(field, str) and field in FORMATS else None
-        else:
+        name = request.get("response_format") or self._json(request).get("response_format")
+        if not name:
             accept = [value for name, value in headers.items() if name.lower() == "accept" and isinstance(value, str)]
-            ranges: dict[str, tuple[float, int]] = {}  # media type to its weight; of equals, the first wins
-            accept = "".join(accept).lower().replace(" ", "").replace('"', "") or "*/*"
-            for place, item in enumerate(accept.split(",")):
-                media_type, *parameters = item.split(";")
-                quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-                quality = float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0
-                media_type += ";profile=verbose" * ("profile=verbose" in parameters)
-                ranges.setdefault(media_type, (quality, -place))
-            weights = {
-                name: next((ranges[media_type] for media_type in media_types if media_type in ranges), (0.0, 0))
-                for name, (_, media_types) in FORMATS.items()
-            }
-            name = max(weights, key=weights.get)
-            name = name if weights[name][0] > 0 else None
-        if name is None:
+            name = self._accepted("".join(accept).lower().replace(" ", "").replace('"', "") or "*/*")
+        elif isinstance(name, bytes | bytearray):
+            name = name.decode("ascii", "replace")
+        if not isinstance(name, str) or name not in FORMATS:
             message = (
                 f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
                 f"{', '.join(media_types[0] for _, media_types in FORMATS.values())}."
@@ -288,6 +274,23 @@ class ModelHandler:
             message = "The model file gives no times: only the formats text and json can be had."
             raise self.RequestError(HTTPStatus.NOT_ACCEPTABLE, "NoTimes", message)
         return name
+
+    @staticmethod
+    def _accepted(accept: str) -> str | None:
+        """The one of ``FORMATS`` with the highest weight in a header Accept; of equals, the first in it (RFC 9110)."""
+        ranges: dict[str, tuple[float, int]] = {}
+        for place, item in enumerate(accept.split(",")):
+            media_type, *parameters = item.split(";")
+            quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+            quality = float(quality) if quality.replace(".", "", 1).isdecimal() else 0.0
+            media_type += ";profile=verbose" * ("profile=verbose" in parameters)
+            ranges.setdefault(media_type, (quality, -place))
+        weights = {
+            name: next((ranges[media_type] for media_type in media_types if media_type in ranges), (0.0, 0))
+            for name, (_, media_types) in FORMATS.items()
+        }
+        best = max(weights, key=weights.get)
+        return best if weights[best][0] > 0 else None
 
     def _sounds(self, request: dict, response_format: str, spent: Counter[str]) -> list[dict]:
         """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
@@ -464,7 +467,7 @@ class ModelHandler:
                 # In pieces of some seconds: one for every decoded frame would take three times as long.
                 resampler = av.AudioResampler(format="flt", rate=self.sample_rate, frame_size=4 * self.sample_rate)
                 source = kind
-            yield torch.zeros(round(gap * self.sample_rate))
+                yield torch.zeros(round(gap * self.sample_rate))
             yield from map(self._mono, resampler.resample(frame))
         if resampler:
             yield from map(self._mono, resampler.resample(None))
