@@ -51,6 +51,18 @@ def encode(
     return file.getvalue()
 
 
+def silent_film() -> bytes:
+    """A Matroska file with pictures and no sound."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
+            output.mux(stream.encode(part))
+    return file.getvalue()
+
+
 class Worker:
     """One handler, driven as TorchServe's worker does it: every batch gets fresh request headers."""
 

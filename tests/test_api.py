@@ -21,7 +21,7 @@ import srt
 import torch
 import torchaudio
 import webvtt
-from conftest import ROOT, SAMPLES, Server, encode, post, transcripts
+from conftest import ROOT, SAMPLES, Server, encode, post, silent_film, transcripts
 from fuzzing import requests_of
 from google.protobuf import descriptor_pb2, message_factory
 from test_answers import SCHEMA
@@ -119,17 +119,6 @@ def test_the_caller_chooses_the_format(server, field, accept, _):
     else:
         parse = {"srt": srt.parse, "vtt": lambda text: webvtt.from_buffer(io.StringIO(text)).captions}[field]
         assert [getattr(cue, "content", None) or cue.text for cue in parse(by_field.text)] == [TEXT]
-
-
-def silent_film() -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as output:
-        stream = output.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
-            output.mux(stream.encode(part))
-    return file.getvalue()
 
 
 def tiny_packets() -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import SAMPLES, Worker, encode, needs_bundle_assets, transcripts
+from conftest import SAMPLES, Worker, encode, needs_bundle_assets, silent_film, transcripts
 from ts.torch_handler.base_handler import BaseHandler
 from ts.utils.util import list_classes_from_module
 
@@ -373,14 +373,7 @@ def test_a_file_of_zero_samples_gets_a_400(worker):
 
 
 def test_a_video_without_sound_gets_a_415(worker):
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as output:
-        stream = output.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for part in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24"), None):
-            output.mux(stream.encode(part))
-    [(status, body)] = worker.answer({"body": file.getvalue()})
+    [(status, body)] = worker.answer({"body": silent_film()})
     assert (status, body["type"]) == (415, "NoAudioStream")
 
 
