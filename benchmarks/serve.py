@@ -69,7 +69,7 @@ def load(server: Server, audio: Path, **scenario: object) -> dict[str, float]:
     (server.folder / "load.js").write_text(SCRIPT)
     environment = os.environ | {"AUDIO": str(audio.resolve()), "URL": server.url, "SUMMARY": str(summary)}
     environment |= {"SCENARIO": json.dumps({"gracefulStop": "120s"} | scenario)}
-    command = [BIN / "k6", "run", "--quiet", "--no-usage-report", server.folder / "load.js"]
+    command = [BIN / "k6", "run", "--quiet", "--no-usage-report", "--address=", server.folder / "load.js"]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=600)
     metrics = {name: metric["values"] for name, metric in json.loads(summary.read_text()).items()}
     latency = metrics["http_req_duration"]

