@@ -11,10 +11,12 @@ Settings come from the ``handler`` section of an archive's model-config.yaml, se
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
 import math
+import re
 import statistics
 import tempfile
 import textwrap
@@ -37,7 +39,9 @@ DEFAULTS = {
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
     "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory
+    "sha256": None,  # of the model file, as export_model.py prints it: any other file is refused
 }
+SHA256 = re.compile("[0-9a-f]{64}")
 # A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
 MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
 
@@ -108,7 +112,8 @@ class ModelHandler:
                 ``model_yaml_config`` are read.
 
         Raises:
-            ValueError: model-config.yaml has a handler setting that does not exist or is no whole number from 1.
+            ValueError: model-config.yaml has a handler setting that does not exist or cannot have that value, or names
+                another SHA-256 than the model file has.
             FileNotFoundError: the archive has no model file.
         """
         properties = context.system_properties
@@ -121,6 +126,11 @@ class ModelHandler:
         model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         if not model_path.is_file():
             raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
+        if self.settings["sha256"]:
+            with model_path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.settings["sha256"]:
+                raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
         self.model = torch.jit.load(str(model_path), map_location=self.device, _extra_files=files).eval()
         self._build_processors(files)
@@ -138,14 +148,17 @@ class ModelHandler:
         self.initialized = True
 
     @staticmethod
-    def _settings(context) -> dict[str, int]:
+    def _settings(context) -> dict[str, int | str | None]:
         given = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
         if not isinstance(given, dict):
             raise ValueError(f"model-config.yaml: handler must be names and values, not {given!r}.")
         for name, value in given.items():
             if name not in DEFAULTS:
                 raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(DEFAULTS)}.")
-            if type(value) is not int or value < 1:  # a bool is an int, too
+            if name == "sha256":
+                if not (isinstance(value, str) and SHA256.fullmatch(value)):
+                    raise ValueError("model-config.yaml: handler: sha256 must be 64 hexadecimal digits, in quotes.")
+            elif type(value) is not int or value < 1:  # a bool is an int, too
                 raise ValueError(f"model-config.yaml: handler: {name} must be a whole number from 1, not {value!r}.")
         return DEFAULTS | given
 
@@ -372,7 +385,8 @@ class ModelHandler:
         Raises:
             RequestError: the bytes are no audio file, or it has no audio, or too much, or costs too much to decode.
         """
-        chunks, notes = [], [] if notes is None else notes
+        # Grows in place: of an hour, the pieces and the whole beside each other are hundreds of megabytes.
+        samples, notes = bytearray(), [] if notes is None else notes
         try:
             with (
                 self._limited_memory(),
@@ -381,7 +395,8 @@ class ModelHandler:
                 if not container.streams.audio:
                     message = f"The file has no audio stream. {SEND_AUDIO}."
                     raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
-                chunks.extend(self._resampled(self._frames(container, limit, used, notes)))
+                for piece in self._resampled(self._frames(container, limit, used, notes)):
+                    samples += piece.numpy().data
         except av.error.DecoderNotFoundError:
             message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message) from None
@@ -389,11 +404,11 @@ class ModelHandler:
             raise self._too_costly() from None
         except (av.FFmpegError, ValueError, ZeroDivisionError):
             notes.append("The file is damaged or cut off; what could be read was transcribed.")
-        if not sum(map(len, chunks)):
+        if not samples:
             kind, what = ("NotAudio", "is not audio I can read") if notes else ("NoSamples", "has no samples of sound")
             message = f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}."
             raise self.RequestError(HTTPStatus.BAD_REQUEST, kind, message)
-        return self._sane(torch.cat(chunks), notes)
+        return self._sane(torch.frombuffer(samples, dtype=torch.float32), notes)
 
     @contextlib.contextmanager
     def _limited_memory(self) -> Iterator[None]:
@@ -483,15 +498,16 @@ class ModelHandler:
         Raises:
             RequestError: most of it is no number.
         """
-        finite = waveform.isfinite()
-        missing = len(waveform) - int(finite.sum())
-        if 2 * missing > len(waveform):
-            message = f"The samples are no sound: most of them are not numbers. {SEND_AUDIO}."
-            raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-        if missing:
+        peak = float(torch.linalg.vector_norm(waveform, math.inf))  # of an hour, .abs() would be 230 MB more
+        if not math.isfinite(peak):
+            finite = waveform.isfinite()
+            missing = len(waveform) - int(finite.sum())
+            if 2 * missing > len(waveform):
+                message = f"The samples are no sound: most of them are not numbers. {SEND_AUDIO}."
+                raise self.RequestError(HTTPStatus.BAD_REQUEST, "NotAudio", message)
             notes.append(f"{missing} samples that are not numbers were taken for silence.")
             waveform = waveform.where(finite, 0.0)
-        peak = float(waveform.abs().max())
+            peak = float(waveform.abs().max())
         if peak > LOUDEST:  # float files only; often integers that nobody has scaled
             # All but the loudest: a single wrong sample must not make silence of the others.
             level = float(waveform.abs().kthvalue(math.ceil(0.9999 * len(waveform))).values)

@@ -39,6 +39,8 @@ START_TIMEOUT = 300
 RECOVERY_TIMEOUT = 60
 # TorchServe retries a worker that dies while it loads the model, for minutes; the first time is enough to know.
 WORKER_DIED = re.compile(r"State change WORKER_\w+ -> WORKER_(ERROR|STOPPED)")
+# What it says of an archive that it cannot read; it goes on without the model.
+NOT_AN_ARCHIVE = re.compile(r"Failed to load model: (\S+\.mar)")
 WHY_IT_DIED = re.compile(r"Failed to load model .*exception (.*)")
 
 
@@ -108,7 +110,7 @@ def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
     """Wait until a worker of the server that was just started answers.
 
     Raises:
-        SystemExit: the server or its worker died, or took longer than ``START_TIMEOUT``.
+        SystemExit: the server or its worker died, took longer than ``START_TIMEOUT``, or cannot read the archive.
     """
     server_log, worker_log = log_folder / "torchserve.log", log_folder / "model_log.log"
     deadline = time.monotonic() + START_TIMEOUT
@@ -117,8 +119,12 @@ def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
             return
         server_lines = server_log.read_text(errors="replace") if server_log.exists() else ""
         if WORKER_DIED.search(server_lines):
-            why = WHY_IT_DIED.search(server_lines)
+            why = WHY_IT_DIED.search(worker_log.read_text(errors="replace") if worker_log.exists() else "")
             give_up(f"The worker died while it loaded the model{': ' + why[1] if why else '.'}", worker_log)
+        if unread := NOT_AN_ARCHIVE.search(server_lines):
+            give_up(
+                f"TorchServe cannot read {unread[1]}: make it anew, with `make clean run` for instance.", server_log
+            )
         if running_server() is None:
             give_up("TorchServe ended while it started.", server_log)
         time.sleep(0.5)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import av
@@ -173,6 +174,16 @@ class Server:
         """TorchServe and its workers."""
         pid = int((self.folder / ".model_server.pid").read_text())
         return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+    def worker(self) -> psutil.Process:
+        """Its only worker, once there is one that has loaded the model."""
+        config = serve.read_config(self.config)
+        for _ in range(120):
+            if serve.has_ready_worker(config):
+                [worker] = [each for each in self.processes() if "model_service_worker" in " ".join(each.cmdline())]
+                return worker
+            time.sleep(0.5)
+        raise TimeoutError("no worker after a minute")
 
     def remove(self) -> None:
         """Stop it and leave nothing behind."""
