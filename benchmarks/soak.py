@@ -7,7 +7,8 @@
 A TorchServe of its own on free ports of 127.0.0.1, as `make run` starts it, and Grafana's k6, whose arrivals wait for
 nobody. The requests go round: every sample file, some of them in other answer formats; a minute of speech; and a third
 of requests that have to be refused. Every answer is compared with the one that is right. Memory
-(resident), open files and threads of the worker and of Java are read every few seconds.
+(resident), open files and threads of the worker and of Java are read every few seconds, and how much of the processors
+a hypervisor takes away: on a shared machine that is where latencies come from.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,7 +108,7 @@ def state(server: Server) -> dict[str, float]:
     """MB, open files and threads of Java and of the worker."""
     java, *workers = server.processes()
     [worker] = [each for each in workers if "model_service_worker" in " ".join(each.cmdline())]
-    readings = {"worker's process": worker.pid}
+    readings = {"worker's process": worker.pid, "stolen s": getattr(psutil.cpu_times(), "steal", 0.0)}
     for name, process in (("Java", java), ("worker", worker)):
         readings |= {
             f"{name} MB": process.memory_info().rss / 1e6,
@@ -145,6 +148,12 @@ def soak(server: Server, asked: list[dict], minutes: float) -> tuple[list[dict[s
     return readings, latencies
 
 
+def stolen(readings: list[dict[str, float]], begin: float, end: float) -> float:
+    """Percent of the machine's processors that a hypervisor gave to others between two minutes."""
+    own = [each["stolen s"] for each in readings if begin <= each["minute"] < end]
+    return 100 * (own[-1] - own[0]) / (60 * (end - begin)) / os.cpu_count() if len(own) > 1 else 0.0
+
+
 def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1]
 
@@ -155,15 +164,15 @@ def report(readings: list[dict[str, float]], latencies: list[tuple[float, float]
     settled = [each for each in readings if each["minute"] >= WARM_UP * minutes]
     tenth = max(1, len(settled) // 10)
     print(f"\n{'':16} after {WARM_UP * minutes:3.0f} min     at the end     change")
-    for name in [name for name in settled[0] if name not in ("minute", "worker's process")]:
+    for name in [name for name in settled[0] if name not in ("minute", "worker's process", "stolen s")]:
         first, last = (statistics.mean(each[name] for each in part) for part in (settled[:tenth], settled[-tenth:]))
         print(f"{name:16} {first:14.1f} {last:14.1f} {100 * (last / first - 1):+9.2f}%")
-    print("\nlatency of good requests       p50        p95        p99   ms")
+    print("\nlatency of good requests       p50        p95        p99   ms     stolen")
     edges = [minutes * (WARM_UP + (1 - WARM_UP) * part / PARTS) for part in range(PARTS + 1)]
     for begin, end in pairwise(edges):
         own = [latency for minute, latency in latencies if begin <= minute < end]
         figures = (f"{percentile(own, percent):10.1f}" for percent in (50, 95, 99))
-        print(f"minute {begin:5.1f} to {end:5.1f}  {len(own):6}", *figures)
+        print(f"minute {begin:5.1f} to {end:5.1f}  {len(own):6}", *figures, f"{stolen(readings, begin, end):12.1f}%")
 
 
 def draw(readings: list[dict[str, float]], latencies: list[tuple[float, float]], minutes: float, path: Path) -> None:
@@ -186,6 +195,10 @@ def draw(readings: list[dict[str, float]], latencies: list[tuple[float, float]],
         axes.set(ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.4)
         axes.legend(ncols=4, loc="lower right")
+    share = latency.twinx()
+    shares = [stolen(readings, part * step, (part + 1) * step) for part in range(60)]
+    share.fill_between([(part + 0.5) * step for part in range(60)], shares, color="#999999", alpha=0.4)
+    share.set(ylabel="processors stolen, %", ylim=(0, 100))
     latency.set(xlabel="minutes")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
