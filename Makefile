@@ -21,7 +21,7 @@ run: model_store/emformer_asr.mar
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 stop:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python serve.py stop; else echo "Nothing is installed here."; fi

@@ -1,0 +1,168 @@
+"""The commands of the README, SECURITY.md and the Dockerfile do what stands there: all of them, in order."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import BIN, ROOT, SAMPLES, post
+
+import serve
+
+TIMEOUT = 900
+# What no test can run: it needs a download or Docker. Everything else is in blocks that are run.
+NOT_RUN = [
+    "$ make run MODEL=librispeech",
+    '$ docker build -t emformer-asr --build-arg INDEX_URL="$PYTORCH_CPU_WHEELS" .',
+    "$ docker run --rm -p 127.0.0.1:8080:8080 emformer-asr",
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
+MARK = "=== block"
+
+
+def blocks(kind: str) -> list[str]:
+    """The fenced blocks of a kind in both documents."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
+    return [content for found, content in FENCE.findall(text) if found == kind]
+
+
+def promises() -> list[tuple[str, str]]:
+    """Each shell block, with the output that stands right behind it, if any does."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
+    shell = re.compile(r"^```sh\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.M | re.S)
+    return shell.findall(text)
+
+
+def alike(line: str) -> str:
+    """A line without what differs from run to run: hashes and numbers of processes."""
+    return re.sub(r"\b[0-9a-f]{64}\b|(?<=process )\d+", "#", line).strip()
+
+
+@pytest.fixture
+def copy(tmp_path, new_server, digits_pt):
+    """The repository as somebody cloned it, with ports that are free, and the environment of his shell."""
+    folder = tmp_path / "emformer-asr"
+    left_out = (".git", ".venv", "build", "logs", "model_store", "*.pt", "data", "engines", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
+    shutil.copytree(ROOT / "models", folder / "models", dirs_exist_ok=True)  # its weights are a .pt
+    (folder / ".venv").symlink_to(sys.prefix)
+    server = new_server(digits_pt)  # its configuration has free ports, its folder is for temporary files
+    ports = [str(port) for _, port in serve.ports(serve.read_config(server.config))]
+    (folder / "config.properties").write_text(server.config.read_text())
+    shims = tmp_path / "bin"
+    shims.mkdir()
+    (shims / "python3.11").write_text("#!/bin/sh\n# the virtual environment is there\n")
+    (shims / "useradd").write_text("#!/bin/sh\n")
+    for shim in shims.iterdir():
+        shim.chmod(0o755)
+    environment = os.environ | server.environment
+    environment |= {"PATH": f"{shims}:{os.environ['PATH']}", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment.pop("JAVA_HOME", None)
+    return folder, dict(zip(("8080", "8081", "8082", "7070", "7071"), ports, strict=True)), environment, server
+
+
+def with_ports(text: str, ports: dict[str, str]) -> str:
+    return re.sub(r"(?<=:)(8080|8081|8082|7070|7071)\b", lambda found: ports[found[0]], text)
+
+
+def test_commands_that_are_not_run_are_known():
+    assert "".join(blocks("console")).splitlines() == NOT_RUN
+
+
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("curl")), reason="needs make and curl")
+def test_every_command_runs_and_prints_what_stands_behind_it(copy):
+    folder, ports, environment, _ = copy
+    script = "set -e\n"
+    for number, (commands, _) in enumerate(promises()):
+        commands = commands.replace("make test", ": # this is what runs here")
+        script += f"echo; echo '{MARK} {number}'\n{with_ports(commands, ports)}"
+    output = folder.parent / "output"
+    with output.open("w") as file:
+        shell = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        ended = shell.wait(timeout=TIMEOUT)
+    finally:
+        if shell.poll() is None:
+            os.killpg(shell.pid, signal.SIGKILL)
+    said = output.read_text()
+    assert ended == 0, said[-3000:]
+    shown = re.split(rf"^{MARK} \d+$", said, flags=re.M)[1:]
+    elsewhere = ("Creating .venv", "Installing requirements.txt", "...")  # said on a new machine; left out
+    for (commands, expected), printed in zip(promises(), shown, strict=True):
+        lines = {alike(line) for line in printed.splitlines()}
+        for line in with_ports(expected, ports).splitlines():
+            assert line.startswith(elsewhere) or alike(line) in lines, (commands, line, printed)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(name, arguments) of the Dockerfile's lines."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r" *\\\n *", " ", "\n".join(lines))
+    return [tuple(line.split(" ", 1)) for line in joined.splitlines() if line]
+
+
+def test_the_dockerfiles_steps_make_a_server_that_is_healthy_and_answers(copy, tmp_path):
+    repository, ports, environment, server = copy
+    stages = []
+    venv = tmp_path / "venv"
+    venv.symlink_to(sys.prefix)
+
+    def here(text: str) -> str:
+        return text.replace("/opt/venv/java", str(tmp_path / "java")).replace("/opt/venv", str(venv))
+
+    settings = {}
+    for name, arguments in instructions():
+        if name == "FROM":
+            stages.append(tmp_path / f"stage{len(stages)}")
+            stages[-1].mkdir()
+        elif name == "COPY":
+            *sources, target = arguments.removeprefix("--from=build ").split()
+            root = stages[0] if "--from=build" in arguments else repository
+            for source in sources:
+                if source.startswith("/opt/venv"):
+                    continue
+                source = root / source.removeprefix("/srv/emformer-asr/")
+                goal = stages[-1] / target / ("" if source.is_dir() else source.name)
+                shutil.copytree(source, goal) if source.is_dir() else shutil.copy2(source, goal)
+        elif name == "RUN" and "-m venv" not in arguments:
+            subprocess.run(["sh", "-ec", here(arguments)], check=True, cwd=stages[-1], env=environment)
+        elif name == "ENV":
+            settings |= dict(each.split("=", 1) for each in here(arguments).split())
+    settings["PATH"] = settings["PATH"].replace("$PATH", environment["PATH"])
+    config = stages[-1] / "config.properties"
+    inference = serve.read_config(config)["inference_address"]
+    assert inference == f"http://0.0.0.0:{ports['8080']}"
+    assert serve.read_config(config)["management_address"] == f"http://127.0.0.1:{ports['8081']}"
+    config.write_text(config.read_text().replace("0.0.0.0", "127.0.0.1"))  # a test stays on loopback
+    server.config = config
+    command, health = (
+        [here(part) for part in json.loads(arguments.split("CMD ")[-1])]
+        for name, arguments in reversed(instructions())
+        if name in ("CMD", "HEALTHCHECK")
+    )
+    health = [with_ports(part, ports) for part in health]
+    with (tmp_path / "container").open("w") as output:
+        running = subprocess.Popen(
+            command, executable=BIN / command[0], cwd=stages[-1], env=environment | settings, stdout=output
+        )
+    try:
+        server.worker()
+        subprocess.run(health, executable=sys.executable, check=True, timeout=30)
+        assert post(server, SAMPLES / "three-digits.wav").text == "four seven two"
+    finally:
+        running.send_signal(signal.SIGINT)
+        running.wait(timeout=30)
+    log = (tmp_path / "container").read_text()
+    assert "WORKER_MODEL_LOADED" in log and "/predictions/emformer_asr HTTP/1.1" in log
