@@ -38,8 +38,8 @@ def promises() -> list[tuple[str, str]]:
 
 
 def alike(line: str) -> str:
-    """A line without what differs from run to run: hashes and numbers of processes."""
-    return re.sub(r"\b[0-9a-f]{64}\b|(?<=process )\d+", "#", line).strip()
+    """A line without what differs from run to run: hashes, a model file's size, numbers of processes."""
+    return re.sub(r"\b[0-9a-f]{64}\b|[\d,]+(?= bytes$)|(?<=process )\d+", "#", line).strip()
 
 
 @pytest.fixture
