@@ -108,7 +108,13 @@ def measure(model: Path, audio: Path, workers: int, threads: int, batch_size: in
         started = server.serve("start")
         if started.returncode:
             sys.exit(started.stdout + started.stderr)
-        load(server, audio, executor="per-vu-iterations", vus=2 * workers, iterations=3)
+        load(
+            server,
+            audio,
+            executor="per-vu-iterations",
+            vus=2 * workers,
+            iterations=3 if length <= engine.SECONDS else 1,
+        )
         before = snapshot(server)
         alone = load(server, audio, executor="constant-vus", vus=1, duration=f"{seconds // 2}s")
         between = snapshot(server)
