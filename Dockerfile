@@ -24,7 +24,7 @@ COPY --from=build /opt/venv /opt/venv
 WORKDIR /srv/emformer-asr
 COPY --from=build /srv/emformer-asr/model_store model_store
 COPY --from=build /srv/emformer-asr/config.properties /srv/emformer-asr/metrics.yaml /srv/emformer-asr/log4j2.xml ./
-ENV PATH=/opt/venv/bin:$PATH JAVA_HOME=/opt/venv/java LOG_TO=console LOG_LOCATION=/tmp METRICS_LOCATION=/tmp
+ENV PATH=/opt/venv/bin:$PATH JAVA_HOME=/opt/venv/java LOG_TO=console LOG_LOCATION=/tmp METRICS_LOCATION=/tmp OMP_WAIT_POLICY=passive
 USER 10001
 EXPOSE 8080
 # torchserve is process 1, which would not hear SIGTERM.

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import statistics
 import tempfile
@@ -119,6 +120,9 @@ class ModelHandler:
         properties = context.system_properties
         self.settings = self._settings(context)
         torch.set_num_threads(self.settings["num_threads"])
+        if self.settings["num_threads"] > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+            # OpenMP reads it when torch is loaded, which TorchServe has done by now.
+            logger.warning("num_threads > 1: start TorchServe with OMP_WAIT_POLICY=passive, or it is many times slower")
         gpu_id = properties.get("gpu_id")
         on_gpu = gpu_id is not None and torch.cuda.is_available()
         self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")

@@ -14,6 +14,7 @@ of the long recordings are of one run each, in processes of their own.
 
 import argparse
 import copy
+import io
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import sentencepiece
 import torch
 from torchaudio.models import RNNT, RNNTBeamSearch, emformer_rnnt_base
 
@@ -68,10 +70,25 @@ def handler_for(path: Path) -> ModelHandler:
     return handler
 
 
-def save(module: torch.jit.ScriptModule, path: Path) -> Path:
-    """Save with the digits model's feature statistics: what the features are does not matter here."""
-    files = {name: (export_model.DIGITS / name).read_bytes() for name in ("global_stats.json", "tokenizer.model")}
-    export_model.save(module, path, files | {"metadata.json": b"{}"})
+def save(module: torch.jit.ScriptModule, path: Path, tokenizer: bytes | None = None) -> Path:
+    """Save with the digits model's feature statistics, since what the features are does not matter here.
+
+    Args:
+        tokenizer: a SentencePiece model; if None, one of made-up words, as many as the stand-in has symbols.
+    """
+    if tokenizer is None:
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(f"word{number}" for number in range(VOCABULARY)),
+            model_writer=written,
+            model_type="word",
+            vocab_size=VOCABULARY - 1,
+            minloglevel=1,
+        )
+        tokenizer = written.getvalue()
+    statistics_of_features = (export_model.DIGITS / "global_stats.json").read_bytes()
+    files = {"global_stats.json": statistics_of_features, "tokenizer.model": tokenizer, "metadata.json": b"{}"}
+    export_model.save(module, path, files)
     return path
 
 
