@@ -192,7 +192,8 @@ def parts(features: torch.Tensor) -> None:
             lambda e=engine, p=past: e._encode([features], window, p),
             lambda e=engine, x=encodings, f=first: e._search(x, f, 1),
         )
-        layer = with_precision(torch.nn.Sequential(*layer_linears()), precision)
+        encoder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(*layer_linears())})
+        layer = with_precision(encoder, precision)["encoder"]
         print(f"{precision:10} {times[0]:7.0f} ms {times[1]:7.0f} ms {floor(layer)}", flush=True)
     print(f"torch.nn.Linear, as in torchaudio {floor(torch.nn.Sequential(*layer_linears()))}", flush=True)
 

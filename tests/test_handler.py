@@ -95,6 +95,19 @@ def test_answers_are_typed_for_the_client(worker):
     assert worker.context.get_response_content_type(1) == "application/json"
 
 
+@pytest.mark.parametrize(("policy", "warned"), [(None, True), ("ACTIVE", True), ("passive", False), ("PASSIVE", False)])
+def test_threads_that_would_wait_busily_are_warned_of(digits_pt, monkeypatch, caplog, policy, warned):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    threads = torch.get_num_threads()
+    try:
+        Worker(digits_pt, {"num_threads": 2})
+    finally:
+        torch.set_num_threads(threads)
+    assert ("OMP_WAIT_POLICY=passive" in caplog.text) is warned
+
+
 # What arrives from TorchServe
 
 
