@@ -155,7 +155,13 @@ def test_the_dockerfiles_steps_make_a_server_that_is_healthy_and_answers(copy, t
     health = [with_ports(part, ports) for part in health]
     with (tmp_path / "container").open("w") as output:
         running = subprocess.Popen(
-            command, executable=BIN / command[0], cwd=stages[-1], env=environment | settings, stdout=output
+            command,
+            executable=BIN / command[0],
+            cwd=stages[-1],
+            env=environment | settings,
+            stdout=output,
+            # As in a container; tests that a shell runs in the background inherit that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         server.worker()
