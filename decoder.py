@@ -284,6 +284,15 @@ class Path(NamedTuple):
     log_probs: torch.Tensor  # (frames, vocabulary)
 
 
+class Stream(NamedTuple):
+    """An utterance as far as it has been heard: what ``Decoder.advance`` goes on from, and never changes."""
+
+    features: torch.Tensor  # (T, 80) that wait for the rest of their segment or its right context
+    segments: int  # that are decoded
+    past: list[torch.Tensor]  # of the encoder, see ``Encoder.forward``, for a batch of 1
+    beam: Beam
+
+
 class Decoder(torch.nn.Module):
     """RNN-T beam search decoder.
 
@@ -387,6 +396,67 @@ class Decoder(torch.nn.Module):
         beam = self._first_beam() if hypothesis is None else beam_of(hypothesis)
         beam = self._search(encodings[0], beam, beam_width)
         return beam.hypotheses, [[index + 1]] + [[layer] for layer in past]
+
+    @torch.jit.export
+    def begin(self) -> Stream:
+        """The stream of an utterance of which nothing has been heard yet."""
+        features = torch.empty(0, self.encoder.input_dim, device=self.predictor.embedding.weight.device)
+        return Stream(features, 0, self.encoder.empty_past(1), self._first_beam())
+
+    @torch.jit.export
+    def advance(
+        self, streams: list[Stream], features: list[torch.Tensor], ended: list[bool], beam_width: int
+    ) -> list[Stream]:
+        """Go on with many streams at once, as far as their features go.
+
+        When a stream has ended, its beam is the one that ``decode`` gives for all its features, in whatever pieces
+        they came: a segment is computed when its right context is there, so it always sees the same.
+
+        Args:
+            streams (list[Stream]): from ``begin`` or ``advance``.
+            features (list[Tensor]): (T, 80) each, what has come since, T from 0; the last ones include the right
+                context, as in ``decode``.
+            ended (list[bool]): whether these are the last ones.
+            beam_width (int): as in ``forward``.
+
+        Returns:
+            list[Stream]: the streams after that; ``streams`` are as they were.
+        """
+        encoder = self.encoder
+        waiting = [torch.cat([stream.features, new]) for stream, new in zip(streams, features)]  # noqa: B905
+        left: list[int] = []  # segments that can be computed
+        for utterance, end in zip(waiting, ended):  # noqa: B905 (TorchScript)
+            left.append(encoder.segments(utterance) if end else encoder.frames(utterance) // encoder.segment)
+        done = [0] * len(streams)
+        pasts = [stream.past for stream in streams]
+        beams = [stream.beam for stream in streams]
+        while max(left + [0]) > 0:
+            group: list[int] = []
+            for i in range(len(streams)):
+                if left[i] > 0 and (self.packs or len(group) == 0):
+                    group.append(i)
+            count = min([left[i] for i in group] + [self.window_segments])
+            rows = torch.stack([encoder.rows(waiting[i], done[i], done[i] + count) for i in group])
+            index = torch.tensor([streams[i].segments + done[i] for i in group], device=rows.device).unsqueeze(1)
+            frames = torch.tensor(
+                [encoder.frames(waiting[i]) - done[i] * encoder.segment for i in group], device=rows.device
+            ).unsqueeze(1)
+            steps = torch.arange(count, device=rows.device)
+            lengths = (frames - steps * encoder.segment).clamp(max=encoder.segment)
+            past = [torch.cat([pasts[i][layer] for i in group]) for layer in range(len(encoder.layers))]
+            encodings, past = encoder(rows, index + steps, lengths, past)
+            for place, i in enumerate(group):
+                last = min(count * encoder.segment, encoder.frames(waiting[i]) - done[i] * encoder.segment)
+                beams[i] = self._search(encodings[place, :last], beams[i], beam_width)
+                # Its own: a slice would keep those of all the others in memory.
+                pasts[i] = [layer[place : place + 1].clone() for layer in past]
+                done[i] += count
+                left[i] -= count
+        advanced: list[Stream] = []
+        for i, stream in enumerate(streams):
+            rest = waiting[i][done[i] * encoder.segment * encoder.stride :].clone()
+            advanced.append(Stream(rest, stream.segments + done[i], pasts[i], beams[i]))
+        return advanced
 
     def _unbatched(self, input: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """(T, 80) of what ``forward`` or ``infer`` was given."""
