@@ -1,4 +1,5 @@
 # make run    set everything up, start the server, transcribe the sample audio
+# make run-live  the same, and beside it the archive for live speech and the page that speaks to it
 # make test   set everything up, run every test
 # make stop   stop the server
 # make clean  remove what was built (the virtual environment stays)
@@ -11,12 +12,16 @@ PRECISION ?= fp32
 BIN := .venv/bin
 CHOICE := build/$(MODEL)-$(PRECISION).choice
 
-.PHONY: run test stop clean
+.PHONY: run run-live test stop clean
 .DELETE_ON_ERROR:
 
 run: model_store/emformer_asr.mar
 	@$(BIN)/python serve.py start
 	@$(BIN)/python serve.py samples --model $(MODEL)
+
+run-live: model_store/emformer_asr.mar model_store/emformer_asr_live.mar build/config-live.properties
+	@$(BIN)/python serve.py start --live --config build/config-live.properties
+	@$(BIN)/python clients/live.py sample_audio/three-digits.wav
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -55,3 +60,12 @@ model_store/emformer_asr.mar: build/emformer_rnnt.pt handler.py model-config.yam
 	@mkdir -p model_store
 	@$(BIN)/torch-model-archiver --model-name emformer_asr --version 1.0 --serialized-file build/emformer_rnnt.pt \
 	  --handler handler.py --config-file model-config.yaml --export-path model_store --force
+
+model_store/emformer_asr_live.mar: build/emformer_rnnt.pt handler.py live.py model-config-live.yaml
+	@mkdir -p model_store
+	@$(BIN)/torch-model-archiver --model-name emformer_asr_live --version 1.0 --serialized-file build/emformer_rnnt.pt \
+	  --handler handler.py --extra-files live.py --config-file model-config-live.yaml --export-path model_store --force
+
+# What the page in clients/ may ask for, it alone.
+build/config-live.properties: config.properties cors.properties
+	@mkdir -p build && cat $^ > $@

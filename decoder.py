@@ -430,7 +430,7 @@ class Decoder(torch.nn.Module):
         done = [0] * len(streams)
         pasts = [stream.past for stream in streams]
         beams = [stream.beam for stream in streams]
-        while max(left + [0]) > 0:
+        while any([segments > 0 for segments in left]):
             group: list[int] = []
             for i in range(len(streams)):
                 if left[i] > 0 and (self.packs or len(group) == 0):

@@ -40,6 +40,7 @@ DEFAULTS = {
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
     "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory
+    "max_sequences": 50,  # live ones (live.py) that are open at a time: the next is refused
     "sha256": None,  # of the model file, as export_model.py prints it: any other file is refused
 }
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -103,6 +104,7 @@ class ModelHandler:
     def __init__(self) -> None:
         self.model = None
         self.device = None
+        self.live = None
         self.initialized = False
 
     def initialize(self, context) -> None:
@@ -149,6 +151,11 @@ class ModelHandler:
         logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
 
         self._warm_up()
+        config = getattr(context, "model_yaml_config", None) or {}
+        if config.get("sequenceBatching"):
+            from live import Live  # in the archive for live speech only
+
+            self.live = Live(self, config)
         self.initialized = True
 
     @staticmethod
@@ -186,6 +193,7 @@ class ModelHandler:
         self.window_samples = bundle.n_fft
         self.frame_seconds = ENCODER_STRIDE * bundle.hop_length / bundle.sample_rate
         self.segment_samples = bundle.segment_length * bundle.hop_length
+        self.right_context = bundle.right_context_length  # feature frames
 
     def _warm_up(self) -> None:
         """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""
@@ -206,6 +214,8 @@ class ModelHandler:
             transcript; for a request that cannot be answered an object with ``code``, ``type`` and ``message``, sent
             with that HTTP status.
         """
+        if self.live:
+            return self.live.handle(data, context)
         started = time.perf_counter()
         answers: list[str | dict] = [{}] * len(data)
         sounds: dict[int, list[dict]] = {}  # by place in the batch; a request may hold several files

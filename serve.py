@@ -1,6 +1,7 @@
 """Start TorchServe on an archive and wait until its worker answers; transcribe the samples; stop it.
 
     python serve.py start        # with config.properties and model_store/emformer_asr.mar
+    python serve.py start --live # and beside it the archive for live speech, for the page clients/live.html
     python serve.py samples      # send sample_audio/ to it
     python serve.py stop
 
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 # Written by torchserve when it has started the server.
 PID_FILE = Path(tempfile.gettempdir(), ".model_server.pid")
 MODEL_NAME = "emformer_asr"
+LIVE_NAME = "emformer_asr_live"
 # What Java itself says; the logs are beside it (log4j2.xml).
 CONSOLE = "console.log"
 TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
@@ -88,13 +90,13 @@ def give_up(reason: str, log: Path) -> None:
     sys.exit(reason)
 
 
-def has_ready_worker(config: dict[str, str]) -> bool:
-    """Whether a worker of the model takes requests.
+def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
+    """Whether a worker of a model takes requests.
 
     Raises:
         SystemExit: the server refuses the token in key_file.json.
     """
-    url = f"{config['management_address']}/models/{MODEL_NAME}"
+    url = f"{config['management_address']}/models/{name}"
     try:
         answer = requests.get(url, headers=authorisation("management"), timeout=5).json()
     except (OSError, ValueError):  # it does not listen yet
@@ -106,8 +108,8 @@ def has_ready_worker(config: dict[str, str]) -> bool:
     return any(worker["status"] == "READY" for worker in answer[0]["workers"])
 
 
-def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
-    """Wait until a worker of the server that was just started answers.
+def wait_until_ready(config: dict[str, str], names: list[str], log_folder: Path) -> None:
+    """Wait until the server that was just started has a worker for each model.
 
     Raises:
         SystemExit: the server or its worker died, took longer than ``START_TIMEOUT``, or cannot read the archive.
@@ -115,7 +117,7 @@ def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
     server_log, worker_log = log_folder / "torchserve.log", log_folder / "model_log.log"
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        if has_ready_worker(config):
+        if all(has_ready_worker(config, name) for name in names):
             return
         server_lines = server_log.read_text(errors="replace") if server_log.exists() else ""
         if WORKER_DIED.search(server_lines):
@@ -131,24 +133,29 @@ def wait_until_ready(config: dict[str, str], log_folder: Path) -> None:
     give_up(f"No worker was ready after {START_TIMEOUT} s.", server_log)
 
 
-def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
-    """Start the server, unless it already runs on this very archive.
+def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = False) -> None:
+    """Start the server, unless it already runs on these very archives.
 
     Raises:
         SystemExit: it cannot be started; the message says why.
     """
-    config = read_config(config_path)
-    archive = model_store.resolve() / f"{MODEL_NAME}.mar"
-    if not archive.exists():
-        sys.exit(f"{archive} does not exist: make it with `make {archive.parent.name}/{archive.name}`.")
+    config, store = read_config(config_path), model_store.resolve()
+    names = [MODEL_NAME, LIVE_NAME] if live else [MODEL_NAME]
+    archives = [store / f"{name}.mar" for name in names]
+    for archive in archives:
+        if not archive.exists():
+            sys.exit(f"{archive} does not exist: make it with `make {store.name}/{archive.name}`.")
+    models = [f"{archive.stem}={archive.name}" for archive in archives]
     server = running_server()
     if server:
-        if str(archive.parent) not in server.cmdline():
+        command = server.cmdline()
+        if str(store) not in command:
             sys.exit(f"Another TorchServe is running (process {server.pid}): stop it with `torchserve --stop` first.")
-        if PID_FILE.stat().st_mtime > max(archive.stat().st_mtime, config_path.stat().st_mtime):
+        newest = max(path.stat().st_mtime for path in [*archives, config_path])
+        if PID_FILE.stat().st_mtime > newest and all(model in command for model in models):
             # A worker that has just died comes back by itself: this server is not ours to stop.
             for _ in range(RECOVERY_TIMEOUT):
-                if has_ready_worker(config):
+                if all(has_ready_worker(config, name) for name in names):
                     print(f"TorchServe is running already (process {server.pid}).")
                     return
                 time.sleep(1)
@@ -176,10 +183,10 @@ def start(config_path: Path, model_store: Path, log_folder: Path) -> None:
     }
     command = [str(TORCHSERVE), "--start", "--ncs", "--ts-config", str(config_path.resolve())]
     command += ["--log-config", str(HERE / "log4j2.xml")]
-    command += ["--model-store", str(archive.parent), "--models", f"{MODEL_NAME}={archive.name}"]
+    command += ["--model-store", str(store), "--models", *models]
     with log.with_name(CONSOLE).open("w") as output:
         subprocess.run(command, check=True, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    wait_until_ready(config, log_folder)
+    wait_until_ready(config, names, log_folder)
     print(f"TorchServe is ready (process {running_server().pid}, log in {os.path.relpath(log)}).")
 
 
@@ -226,13 +233,14 @@ def samples(config_path: Path, model: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["start", "samples", "stop"])
+    parser.add_argument("--live", action="store_true", help="start the archive for live speech, too")
     parser.add_argument("--config", type=Path, default=HERE / "config.properties")
     parser.add_argument("--model-store", type=Path, default=HERE / "model_store")
     parser.add_argument("--logs", type=Path, default=HERE / "build" / "logs", help="folder for TorchServe's logs")
     parser.add_argument("--model", choices=["digits", "librispeech"], default="digits", help="whose samples to send")
     args = parser.parse_args()
     if args.command == "start":
-        start(args.config, args.model_store, args.logs)
+        start(args.config, args.model_store, args.logs, args.live)
     elif args.command == "samples":
         samples(args.config, args.model)
     else:

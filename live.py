@@ -1,0 +1,364 @@
+"""Live transcription for TorchServe: the text appears while the person speaks.
+
+handler.py uses this where model-config.yaml turns ``sequenceBatching`` on: TorchServe then brings all requests of a
+sequence to one worker, which keeps the sequence's state between them. A sequence is one utterance, sent in pieces, each
+a POST of raw 16-bit little-endian mono PCM with these request headers:
+
+    ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
+    x-piece                  the piece's number, from 0
+    x-last-piece             true with the last piece
+    x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
+
+The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
+characters will not change any more), ``final`` and, with the last piece, ``words``. The final text is that of the whole
+sound in one request, token for token (at fp32), whatever the sizes of the pieces.
+"""
+
+import dataclasses
+import logging
+import re
+import time
+from collections import Counter
+from http import HTTPStatus
+
+import av
+import numpy as np
+import torch
+from ts.metrics.metric_type_enum import MetricTypes
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NUMBER = re.compile(r"[0-9]{1,9}")
+SAMPLE_RATES = (8_000, 192_000)  # Hz
+MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
+# TorchServe keeps a sequence's place in a worker until it is idle for too long, unless an answer has this header.
+SEQUENCE_END = "ts_request_sequence_end"
+# Ids of sequences that are over, remembered so that a late piece is told so.
+REMEMBERED = 10_000
+# Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
+WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
+
+
+@dataclasses.dataclass
+class Sequence:
+    """An utterance that is being spoken.
+
+    Attributes:
+        stream (Stream): the engine's state, see decoder.py.
+        rate (int): Hz, of its pieces.
+        resampler (av.AudioResampler or None): to the model's rate, where that is another one.
+        samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
+        heard (int): samples so far, at the model's rate.
+        piece (int): the last piece's number.
+        answer (dict): to that piece.
+        used (float): time of the last request, in seconds.
+    """
+
+    stream: object
+    rate: int
+    resampler: av.AudioResampler | None
+    samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    heard: int = 0
+    piece: int = -1
+    answer: dict = dataclasses.field(default_factory=dict)
+    used: float = 0.0
+
+
+class Live:
+    """The open sequences of one worker.
+
+    Args:
+        handler (handler.ModelHandler): whose model, processors, settings and metrics are used.
+        config (dict): the archive's model-config.yaml; ``sequenceMaxIdleMSec`` is read.
+
+    Raises:
+        ValueError: the model file is not one of export_model.py's, or too old.
+    """
+
+    def __init__(self, handler, config: dict) -> None:
+        if not hasattr(handler.model, "advance"):
+            raise ValueError("The model file does not stream: write it anew with export_model.py.")
+        self.handler, self.model = handler, handler.model
+        self.request_error = handler.RequestError
+        self.beam_width: int = handler.settings["beam_width"]
+        self.max_sequences: int = handler.settings["max_sequences"]
+        self.max_idle = config["sequenceMaxIdleMSec"] / 1000  # seconds
+        self.sequences: dict[str, Sequence] = {}
+        self.over: dict[str, str] = {}  # id -> why
+        # A frame is made of the samples around its hop, as far as ``reach`` to both sides, which ``margin`` whole hops
+        # hold.
+        self.hop, self.reach = handler.hop_samples, handler.window_samples // 2
+        self.margin = -(-self.reach // self.hop) * self.hop
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for count in WARM_UP_STREAMS:
+            sequences = [Sequence(self.model.begin(), self.handler.sample_rate, None) for _ in range(count)]
+            for _ in range(WARM_UP_SEGMENTS):
+                new = [torch.randn(self.handler.segment_samples, generator=generator) * 0.1 for _ in sequences]
+                self._advance(list(zip(sequences, new, [False] * count, strict=True)), Counter())
+
+    def handle(self, data: list[dict], context) -> list[dict]:
+        """Answer a batch of pieces, of different sequences or of one, see the top of this file.
+
+        Args:
+            data (list[dict]): as for ``ModelHandler.handle``.
+            context (ts.context.Context): as there.
+
+        Returns:
+            list[dict]: an answer or an error each, in the order of ``data``.
+        """
+        started, spent = time.perf_counter(), Counter()
+        self._forget(time.monotonic())
+        answers: list[dict] = [{}] * len(data)
+        todo, seconds = list(range(len(data))), 0.0
+        while todo:
+            # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
+            later, begun, pieces = [], set(), {}
+            for index in todo:
+                headers = {name.lower(): value for name, value in context.get_all_request_header(index).items()}
+                name = headers.get("ts_request_sequence_id", "")
+                if name in begun:
+                    later.append(index)
+                    continue
+                begun.add(name)
+                try:
+                    piece = self._piece(name, headers, data[index])
+                except Exception as error:
+                    answers[index] = self._error(index, context, name, error)
+                    continue
+                if piece is None:  # repeated
+                    answers[index] = self._answer(index, context, name)
+                else:
+                    pieces[index] = (name, *piece)
+            work = [(self.sequences[name], new, last) for name, new, last, _ in pieces.values()]
+            seconds += sum(len(new) for _, new, _ in work) / self.handler.sample_rate
+            failures = self._advance(work, spent)
+            for (index, (name, _, last, number)), error in zip(pieces.items(), failures, strict=True):
+                try:
+                    if error:
+                        raise error
+                    sequence = self.sequences[name]
+                    sequence.answer = self._transcript(name, sequence, number, last)
+                    sequence.piece = number
+                    answers[index] = self._answer(index, context, name)
+                except Exception as error:
+                    answers[index] = self._error(index, context, name, error)
+            todo = later
+        measure, spent["handler"] = self.handler._measure, time.perf_counter() - started
+        measure(context, "asr_audio_seconds", seconds, MetricTypes.COUNTER)
+        measure(context, "asr_batch_size", len(data))
+        for step in ("features", "engine", "handler"):
+            measure(context, f"asr_{step}_seconds", spent[step])
+        measure(context, "asr_open_sequences", self._open(), MetricTypes.GAUGE)
+        return answers
+
+    # From requests to samples
+
+    def _piece(self, name: str, headers: dict[str, str], request: dict) -> tuple[torch.Tensor, bool, int] | None:
+        """A request's new samples, whether they are the last ones, and the piece's number; None if it is repeated.
+
+        Opens the sequence with piece 0.
+
+        Raises:
+            RequestError: the request is wrong, or not the one that is expected now.
+        """
+        if not SEQUENCE_ID.fullmatch(name):
+            message = "The header ts_request_sequence_id must name the utterance: 1 to 64 letters, digits, _ or -."
+            raise self.request_error(HTTPStatus.BAD_REQUEST, "NoSequence", message)
+        number = headers.get("x-piece", "")
+        if not NUMBER.fullmatch(number):
+            message = "The header x-piece must be the piece's number, counted from 0."
+            raise self.request_error(HTTPStatus.BAD_REQUEST, "BadPiece", message)
+        number = int(number)
+        last = headers.get("x-last-piece", "false").lower()
+        if last not in ("true", "false"):
+            message = "The header x-last-piece must be true or false."
+            raise self.request_error(HTTPStatus.BAD_REQUEST, "BadPiece", message)
+        sequence = self.sequences.get(name)
+        if sequence is None:
+            if name in self.over:
+                message = f"The sequence is over, because it {self.over[name]}: begin another one, under another name."
+                raise self.request_error(HTTPStatus.GONE, "SequenceEnded", message)
+            if number > 0:
+                message = f"No such sequence is open here, and this is piece {number}: begin again, with piece 0."
+                raise self.request_error(HTTPStatus.CONFLICT, "UnknownSequence", message)
+        else:
+            sequence.used = time.monotonic()
+            if number <= sequence.piece:
+                return None
+            if sequence.answer["final"]:
+                message = f"The sequence ended with piece {sequence.piece}: begin another one, under another name."
+                raise self.request_error(HTTPStatus.GONE, "SequenceEnded", message)
+            if number > sequence.piece + 1:
+                message = f"Piece {sequence.piece + 1} is missing: send it before piece {number}."
+                raise self.request_error(HTTPStatus.CONFLICT, "MissingPiece", message)
+        pcm = self._pcm(request)
+        if sequence is None:
+            sequence = self._opened(headers)
+        longest, seconds = self.handler.settings["max_audio_seconds"], len(pcm) / sequence.rate
+        if seconds > MAX_PIECE_SECONDS or sequence.heard / self.handler.sample_rate + seconds > longest:
+            message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
+            raise self.request_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+        new = self._resampled(sequence, pcm, last == "true")
+        self.sequences[name] = sequence
+        return new, last == "true", number
+
+    def _opened(self, headers: dict[str, str]) -> Sequence:
+        if self._open() >= self.max_sequences:
+            message = f"All {self.max_sequences} places are taken: try again when somebody has finished."
+            raise self.request_error(HTTPStatus.SERVICE_UNAVAILABLE, "TooManySequences", message)
+        rate, model_rate = headers.get("x-sample-rate", str(self.handler.sample_rate)), self.handler.sample_rate
+        if not NUMBER.fullmatch(rate) or not SAMPLE_RATES[0] <= int(rate) <= SAMPLE_RATES[1]:
+            message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*SAMPLE_RATES)
+            raise self.request_error(HTTPStatus.BAD_REQUEST, "BadRate", message)
+        resampler = None if int(rate) == model_rate else av.AudioResampler(format="flt", layout="mono", rate=model_rate)
+        return Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+
+    def _pcm(self, request: dict) -> np.ndarray:
+        """The samples (n,), int16, in a request's body."""
+        body = next((request[name] for name in ("body", "data") if name in request), b"")
+        if not isinstance(body, bytes | bytearray) or len(body) % 2:
+            message = "The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream."
+            raise self.request_error(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+        return np.frombuffer(body, dtype="<i2")
+
+    def _resampled(self, sequence: Sequence, pcm: np.ndarray, last: bool) -> torch.Tensor:
+        """(samples,), float32, full scale 1.0, at the model's rate."""
+        if sequence.resampler is None:
+            return torch.from_numpy(pcm.astype(np.float32)) / 32_768
+        frames = []
+        if len(pcm):
+            frame = av.AudioFrame.from_ndarray(pcm.astype(np.int16).reshape(1, -1), format="s16", layout="mono")
+            frame.rate = sequence.rate
+            frames += sequence.resampler.resample(frame)
+        if last:
+            frames += sequence.resampler.resample(None)
+        return torch.cat([torch.empty(0), *(self.handler._mono(frame) for frame in frames)])
+
+    # From samples to text
+
+    def _advance(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
+        """Let sequences hear their new samples, all in one call of the engine; what went wrong with each."""
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                features = self._features(work)
+                extracted = time.perf_counter()
+                spent["features"] += extracted - started
+                ended = [last for _, _, last in work]
+                streams = self._streams([sequence.stream for sequence, _, _ in work], features, ended)
+                spent["engine"] += time.perf_counter() - extracted
+        except Exception as error:
+            return [error] * len(work)
+        failures = []
+        for (sequence, _, _), stream in zip(work, streams, strict=True):
+            failures.append(stream if isinstance(stream, Exception) else None)
+            sequence.stream = stream
+        return failures
+
+    def _streams(self, streams: list, features: list[torch.Tensor], ended: list[bool]) -> list:
+        """The streams after their new features, or what made them fail."""
+        if not streams:
+            return []
+        try:
+            features = [each.to(self.handler.device) for each in features]
+            return self.model.advance(streams, features, ended, self.beam_width)
+        except Exception as error:
+            if len(streams) == 1:
+                return [error]
+            logger.warning("A batch of %d failed and is taken one by one", len(streams), exc_info=error)
+            each = zip(streams, features, ended, strict=True)
+            return [self._streams([s], [f], [e])[0] for s, f, e in each]
+
+    def _features(self, work: list[tuple[Sequence, torch.Tensor, bool]]) -> list[torch.Tensor]:
+        """The features (T, 80) that each sequence's new samples complete, exactly those of the whole sound.
+
+        torchaudio's extractor centres a frame on every hop and mirrors the samples at both ends of what it is given.
+        Here they are mirrored at the utterance's own ends, and between them a frame waits until the last of its samples
+        has come. All sequences' samples stand behind each other in one call: frames that would mix two are not used.
+        """
+        chunks, counts = [], []
+        for sequence, new, last in work:
+            begun = sequence.heard > self.reach
+            sequence.heard += len(new)
+            samples = torch.cat([sequence.samples, new])
+            if last and sequence.heard < self.handler.segment_samples:  # as in ``ModelHandler._features``
+                samples = torch.nn.functional.pad(samples, (0, self.handler.segment_samples - sequence.heard))
+            if not begun and len(samples) > self.reach:
+                mirrored = torch.nn.functional.pad(samples[1 : self.reach + 1].flip(0), (self.margin - self.reach, 0))
+                samples = torch.cat([mirrored, samples])
+            if last:
+                samples = torch.cat([samples, samples[-self.reach - 1 : -1].flip(0)])
+            # The next frame's hop is ``margin`` samples from the beginning.
+            count = max((len(samples) - self.margin - self.reach) // self.hop + 1, 0)
+            sequence.samples = samples[count * self.hop :].clone()
+            chunks.append(torch.nn.functional.pad(samples, (0, -len(samples) % self.hop)) if count else samples[:0])
+            counts.append(count)
+        if not any(counts):
+            nothing = torch.empty(0, self.model.encoder.input_dim)
+            return [nothing] * len(work)
+        everything, _ = self.handler.extract_features(torch.cat(chunks))
+        features, begin = [], self.margin // self.hop
+        for (_, _, last), chunk, count in zip(work, chunks, counts, strict=True):
+            own = everything[begin : begin + count] if count else everything[:0]
+            # The last frames of the whole are its right context.
+            features.append(torch.cat([own, everything[-self.handler.right_context :]]) if last else own)
+            begin += len(chunk) // self.hop
+        return features
+
+    def _transcript(self, name: str, sequence: Sequence, number: int, last: bool) -> dict:
+        """The answer to a piece."""
+        hypotheses, frames, log_probs, _ = sequence.stream.beam
+        tokens, text = hypotheses[0][0], self.handler.tokens_to_text
+        agreed = 0  # tokens that all hypotheses share: every later one begins with them, too
+        others = [hypothesis[0] for hypothesis in hypotheses]
+        for ranked in zip(*others, strict=False):
+            if len(set(ranked)) > 1:
+                break
+            agreed += 1
+        transcript = text(tokens)
+        stable = len(transcript) if last or agreed == len(tokens) else len(text(tokens[:agreed]))
+        answer = {"sequence": name, "piece": number, "text": transcript, "stable": stable, "final": last, "words": []}
+        if last:
+            duration = sequence.heard / self.handler.sample_rate
+            words = self.handler._words(tokens, hypotheses[0][3], frames[0], log_probs[0], duration)
+            names = ("word", "start", "end", "probability")
+            answer["words"] = [{key: word[key] for key in names} for word in words]
+            sequence.stream, sequence.samples, sequence.resampler = None, torch.empty(0), None
+        return answer
+
+    # What becomes of a sequence
+
+    def _answer(self, index: int, context, name: str) -> dict:
+        answer = self.sequences[name].answer
+        if answer["final"]:
+            context.set_response_header(index, SEQUENCE_END, name)
+        context.set_response_content_type(index, "application/json")
+        self.handler._measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
+        return answer
+
+    def _error(self, index: int, context, name: str, error: Exception) -> dict:
+        if name in self.sequences and not isinstance(error, self.request_error):
+            self._drop(name, "failed")  # what it has heard is not known any more
+        if name not in self.sequences or self.sequences[name].answer.get("final"):
+            context.set_response_header(index, SEQUENCE_END, name)
+        return self.handler._error(index, context, error)
+
+    def _open(self) -> int:
+        """Number of sequences that are not over."""
+        return sum(sequence.stream is not None for sequence in self.sequences.values())
+
+    def _forget(self, now: float) -> None:
+        """Drop what has been idle for too long."""
+        for name, sequence in list(self.sequences.items()):
+            if now - sequence.used > self.max_idle:
+                self._drop(name, f"was idle for more than {self.max_idle:g} s" if sequence.stream else "has ended")
+
+    def _drop(self, name: str, why: str) -> None:
+        del self.sequences[name]
+        self.over[name] = why
+        if len(self.over) > REMEMBERED:
+            del self.over[next(iter(self.over))]
