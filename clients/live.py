@@ -17,12 +17,12 @@ from collections.abc import Iterator
 import requests
 
 PIECE = 0.16  # seconds
-GREY, PLAIN, ERASE = ("\033[90m", "\033[0m", "\r\033[K") if sys.stdout.isatty() else ("", "", "\r")
+GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
 def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
     """The rate in Hz and the pieces of a WAV file, each when it would have been spoken."""
-    file = wave.open(path, "rb")
+    file = wave.open(path, "rb")  # noqa: SIM115 (read until the program ends)
     if (file.getnchannels(), file.getsampwidth()) != (1, 2):
         sys.exit(f"{path} is not 16-bit mono PCM: convert it, with ffmpeg -i {path} -ac 1 -c:a pcm_s16le out.wav.")
 
@@ -89,10 +89,11 @@ def main() -> None:
     for pcm in pieces:
         answer = send(session, url, common | {"x-piece": str(number)}, pcm)
         text, stable = answer["text"], answer["stable"]
-        print(f"{ERASE}{text[:stable]}{GREY}{text[stable:]}{PLAIN}", end="", flush=True)
+        if sys.stdout.isatty():
+            print(f"{ERASE}{text[:stable]}{GREY}{text[stable:]}{PLAIN}", end="", flush=True)
         number += 1
     answer = send(session, url, common | {"x-piece": str(number), "x-last-piece": "true"}, b"")
-    print(f"{ERASE}{answer['text']}")
+    print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}")
 
 
 if __name__ == "__main__":

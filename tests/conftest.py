@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -137,8 +138,17 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 class Server:
     """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
 
-    def __init__(self, model: Path, handler: Path = ROOT / "handler.py", config: str = "", **settings: int) -> None:
-        """``settings`` are lines of model-config.yaml, ``config`` more lines for config.properties."""
+    def __init__(
+        self,
+        model: Path,
+        handler: Path = ROOT / "handler.py",
+        config: str = "",
+        live: dict[str, int] | None = None,
+        **settings: int,
+    ) -> None:
+        """``settings`` are lines of model-config.yaml, ``live`` of model-config-live.yaml, if that archive is to be
+        served, too; ``config`` more lines for config.properties.
+        """
         self.folder = folder = Path(tempfile.mkdtemp(prefix="ts-"))  # short: a socket's path has at most 107 characters
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
@@ -155,19 +165,32 @@ class Server:
         text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
         self.config.write_text(text + config)
         self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
-        command = [BIN / "torch-model-archiver", "--model-name", "emformer_asr", "--version", "1.0"]
-        command += ["--serialized-file", model, "--handler", handler]
-        text = (ROOT / "model-config.yaml").read_text()
+        self.live = live is not None
+        self.live_url = self.url + "_live"
         # A batch of several requests is what the tests are after.
-        for name, value in ({"batchSize": 8} | settings).items():
-            text, found = re.subn(rf"^( *{name}): \S+", rf"\1: {value}", text, flags=re.M)
-            assert found == 1, name
-        (folder / "model-config.yaml").write_text(text)
-        command += ["--config-file", folder / "model-config.yaml", "--export-path", self.store]
+        self.archive("emformer_asr", model, handler, ROOT / "model-config.yaml", {"batchSize": 8} | settings)
+        if live is not None:
+            extra = ["--extra-files", ROOT / "live.py"]
+            self.archive("emformer_asr_live", model, handler, ROOT / "model-config-live.yaml", live, extra)
+
+    def archive(
+        self, name: str, model: Path, handler: Path, config: Path, settings: dict[str, int], extra: Sequence = ()
+    ) -> None:
+        """Write an archive into its model store."""
+        command = [BIN / "torch-model-archiver", "--model-name", name, "--version", "1.0"]
+        command += ["--serialized-file", model, "--handler", handler, *extra]
+        text = config.read_text()
+        for setting, value in settings.items():
+            text, found = re.subn(rf"^( *{setting}): \S+", rf"\1: {value}", text, flags=re.M)
+            assert found == 1, setting
+        config = self.folder / config.name
+        config.write_text(text)
+        command += ["--config-file", config, "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
     def serve(self, command: str) -> subprocess.CompletedProcess[str]:
         options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
+        options += ["--live"] * self.live
         return run("serve.py", command, *options, **self.environment)
 
     def processes(self) -> list[psutil.Process]:
