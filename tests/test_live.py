@@ -1,15 +1,25 @@
 """What is promised of live speech: the whole's text from any pieces, and a clear answer to every piece."""
 
+import io
 import json
 import random
+import time
+import wave
+from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, transcripts
+from conftest import SAMPLES, Worker, transcripts
+from torchaudio.models import emformer_rnnt_base
 from ts.context import Context, RequestProcessor
 
+import export_model
+from decoder import Decoder, with_precision
 from handler import ModelHandler
+from live import Live
 
 IDLE = {"sequenceBatching": True, "sequenceMaxIdleMSec": 10_000}
 
@@ -56,11 +66,11 @@ def cut(pcm: bytes, sizes: random.Random, longest: float = 3.0) -> list[bytes]:
     return pieces
 
 
-def say(worker: LiveWorker, name: str, pieces: list[bytes]) -> dict:
+def say(worker: LiveWorker, name: str, pieces: list[bytes], **others: str) -> dict:
     """Send all pieces; the final answer. What was called stable has to stay."""
     kept = ""
     for number, pcm in enumerate(pieces):
-        [(status, answer)] = worker.answer((headers(name, number, number == len(pieces) - 1), pcm))
+        [(status, answer)] = worker.answer((headers(name, number, number == len(pieces) - 1, **others), pcm))
         assert status == 200, answer
         assert answer["text"].startswith(kept) and answer["stable"] >= len(kept)
         kept = answer["text"][: answer["stable"]]
@@ -93,13 +103,249 @@ def whole(worker, pcm: bytes, beam_width: int = 1) -> list:
         return worker.handler.model.decode(features, beam_width)[0]
 
 
+def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
+    """The final answer has the tokens, times and probabilities of the whole sound in one request."""
+    [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
+    words = worker.handler._words(tokens, score, frames, log_probs, len(pcm) / 32_000)
+    assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
+    assert [[word["word"], word["start"], word["end"]] for word in sequence_answer["words"]] == [
+        [word["word"], word["start"], word["end"]] for word in words
+    ]
+    probabilities = [word["probability"] for word in words]
+    assert [word["probability"] for word in sequence_answer["words"]] == pytest.approx(probabilities, abs=0.001)
+
+
+def features_of(worker, pcm: bytes) -> torch.Tensor:
+    """Features (T, 80) of PCM, as the handler makes them of a whole file."""
+    return worker.handler._features(torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768)
+
+
 @pytest.mark.parametrize("name", sorted(transcripts("digits")))
 def test_every_sample_in_pieces_gives_the_text_and_the_words_of_the_whole(live, worker, name):
     pcm = pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes()))
     sizes = random.Random(name)
     for repeat in range(3):
-        answer = say(live, f"{name[:-4].replace('.', '-')}-{repeat}", cut(pcm, sizes))
+        answer = say(live, f"{Path(name).stem}-{repeat}", cut(pcm, sizes))
         assert answer["text"] == transcripts("digits")[name]
-        assert " ".join(word["word"] for word in answer["words"]) == answer["text"]
-    tokens = whole(worker, pcm).hypotheses[0][0]
-    assert worker.handler.tokens_to_text(tokens) == answer["text"]
+        assert_same(worker, pcm, answer)
+
+
+@pytest.mark.parametrize("beam_width", [1, 4])
+def test_fifty_strings_in_random_pieces_give_what_the_whole_gives(digits_pt, strings, beam_width):
+    live, offline = LiveWorker(digits_pt, beam_width=beam_width), Worker(digits_pt, {"beam_width": beam_width})
+    sizes, words = random.Random(beam_width), 0
+    for number, pcm in enumerate(strings):
+        answer = say(live, f"string-{number}", cut(pcm, sizes))
+        assert_same(offline, pcm, answer)
+        words += len(answer["words"])
+    assert words > 300  # or this would compare nothing
+
+
+def test_sample_by_sample_gives_what_the_whole_gives(live, worker, strings):
+    pcm = strings[0][: 2 * 4000]
+    assert_same(worker, pcm, say(live, "one-by-one", [pcm[i : i + 2] for i in range(0, len(pcm), 2)]))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 199, 200, 201, 202, 519, 520, 2559, 2560, 2561, 3199, 3200, 3201, 5760])
+def test_the_end_may_be_anywhere(live, worker, strings, samples):
+    pcm = strings[1][: 2 * samples]
+    for cuts, pieces in enumerate([[pcm], [pcm, b""], [b"", pcm[: samples // 2 * 2], pcm[samples // 2 * 2 :]]]):
+        answer = say(live, f"end-{samples}-{cuts}", pieces)
+        if samples:
+            assert_same(worker, pcm, answer)
+        else:
+            assert (answer["text"], answer["words"]) == ("", [])
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_other_rates_give_what_the_whole_file_gives(live, worker, rate):
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
+    pcm = b""
+    with av.open(str(SAMPLES / "three-digits.wav")) as container:
+        for frame in [*container.decode(audio=0), None]:
+            pcm += b"".join(each.to_ndarray().tobytes() for each in resampler.resample(frame))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as output:
+        output.setparams((1, 2, rate, 0, "NONE", ""))
+        output.writeframes(pcm)
+    pieces = cut(pcm, random.Random(rate))
+    answer = say(live, f"rate-{rate}", pieces, **{"x-sample-rate": str(rate)})
+    [(status, text)] = worker.answer({"body": bytearray(file.getvalue())})
+    assert (status, answer["text"]) == (200, text)
+    assert text == "four seven two"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_many_at_once_get_what_each_gets_alone(tmp_path, strings, precision):
+    export_model.export("digits", tmp_path / "emformer_rnnt.pt", precision)
+    live, sizes = LiveWorker(tmp_path / "emformer_rnnt.pt"), random.Random(20)
+    sounds = {f"voice-{i}": cut(pcm, sizes) for i, pcm in enumerate(strings[:20])}
+    alone = {name: say(live, f"{name}-alone", pieces) for name, pieces in sounds.items()}
+    together, waiting = {}, {name: list(enumerate(pieces)) for name, pieces in sounds.items()}
+    while waiting:
+        batch = sizes.sample(sorted(waiting), sizes.randint(1, len(waiting)))
+        pieces = [(name, *waiting[name].pop(0)) for name in batch]
+        sent = [(headers(name, number, number == len(sounds[name]) - 1), pcm) for name, number, pcm in pieces]
+        for (status, answer), (name, number, _) in zip(live.answer(*sent), pieces, strict=True):
+            assert (status, answer["sequence"], answer["piece"]) == (200, name, number)
+            together[name] = answer
+        waiting = {name: left for name, left in waiting.items() if left}
+    for name in sounds:
+        assert together[name]["text"] == alone[name]["text"]
+        assert len(together[name]["words"]) == len(alone[name]["words"])
+
+
+def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces():
+    """The 76.7 M architecture, random weights, against torchaudio's own search on the whole."""
+    torch.manual_seed(8)
+    model = emformer_rnnt_base(num_symbols=4097).eval()
+    model.joiner.linear.bias.data[4096] += 1.8
+    sizes, compared = random.Random(8), 0
+    engine = torch.jit.script(with_precision(Decoder(model, 4096), "fp32"))
+    with torch.inference_mode():
+        whole = [torch.randn(sizes.randint(20, 700), 80) for _ in range(6)]
+        expected = engine.decode(whole, 1)
+        streams, left = [engine.begin() for _ in whole], list(whole)
+        while any(len(each) for each in left):
+            new, ended = [], []
+            for i, each in enumerate(left):
+                size = min(sizes.randint(0, 300), len(each))
+                new.append(each[:size])
+                ended.append(0 < len(each) == size)
+                left[i] = each[size:]
+            before = [stream.beam.hypotheses[0][0] for stream in streams]
+            streams = engine.advance(streams, new, ended, 1)
+            for stream, tokens in zip(streams, before, strict=True):
+                assert stream.beam.hypotheses[0][0][: len(tokens)] == tokens
+        for stream, beam in zip(streams, expected, strict=True):
+            assert stream.beam.hypotheses[0][0] == beam.hypotheses[0][0]
+            assert stream.beam.frames == beam.frames
+            compared += len(beam.frames[0])
+    assert compared > 50
+
+
+# The answers to what is not the next piece
+
+SECOND = bytes(32_000)
+
+
+def test_a_repeated_piece_is_answered_again_and_not_counted_twice(live, worker, strings):
+    pcm, answers = strings[2], []
+    pieces = [pcm[i : i + 9_000] for i in range(0, len(pcm), 9_000)]
+    for number, piece in enumerate(pieces):
+        for _ in range(3):
+            [(status, answer)] = live.answer((headers("again", number, number == len(pieces) - 1), piece))
+            assert status == 200
+            answers.append(answer)
+        assert answers[-1] == answers[-2] == answers[-3]
+    assert_same(worker, pcm, answers[-1])
+
+
+def test_a_repeated_piece_in_the_batch_of_its_first_is_answered_too(live):
+    batch = [(headers("twice", 0), SECOND), (headers("twice", 0), SECOND), (headers("twice", 1, True), SECOND)]
+    (_, first), (_, second), (status, last) = live.answer(*batch)
+    assert first == second and (status, last["piece"], last["final"]) == (200, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "kind"),
+    [
+        ({"ts_request_sequence_id": ""}, 400, "NoSequence"),
+        ({"ts_request_sequence_id": "a b"}, 400, "NoSequence"),
+        ({"ts_request_sequence_id": "x" * 65}, 400, "NoSequence"),
+        ({"x-piece": ""}, 400, "BadPiece"),
+        ({"x-piece": "-1"}, 400, "BadPiece"),
+        ({"x-piece": "\u0661"}, 400, "BadPiece"),
+        ({"x-last-piece": "maybe"}, 400, "BadPiece"),
+        ({"x-sample-rate": "fast"}, 400, "BadRate"),
+        ({"x-sample-rate": "7999"}, 400, "BadRate"),
+        ({"x-piece": "1"}, 409, "UnknownSequence"),
+    ],
+    ids=lambda sent: "-".join(f"{name}={value[:9]}" for name, value in sent.items()) if isinstance(sent, dict) else "",
+)
+def test_a_wrong_first_piece_is_refused_with_a_sentence(live, sent, status, kind):
+    [(code, error)] = live.answer((headers("wrong", 0) | sent, SECOND))
+    assert (code, error["code"], error["type"]) == (status, status, kind)
+    assert len(error["message"]) > 30
+    assert live.ends()  # and takes no place
+    assert live.answer((headers(f"right-{len(live.handler.live.over)}", 0, True), SECOND))[0][0] == 200
+
+
+def test_bytes_that_are_no_pcm_are_refused_and_the_sequence_goes_on(live, worker, strings):
+    pcm = strings[3][:64_000]
+    assert live.answer((headers("odd", 0), pcm[:3001]))[0][1]["type"] == "NotPCM"
+    assert live.answer((headers("odd", 0), pcm[:30_000]))[0][0] == 200
+    assert live.answer((headers("odd", 1), pcm[:3001]))[0][1]["type"] == "NotPCM"
+    [(status, answer)] = live.answer((headers("odd", 1, True), pcm[30_000:]))
+    assert status == 200
+    assert_same(worker, pcm, answer)
+
+
+def test_a_missing_piece_is_asked_for_and_the_sequence_goes_on(live):
+    assert live.answer((headers("gap", 0), SECOND))[0][0] == 200
+    [(status, error)] = live.answer((headers("gap", 2), SECOND))
+    assert (status, error["type"]) == (409, "MissingPiece") and "Piece 1 is missing" in error["message"]
+    assert not live.ends()
+    assert [live.answer((headers("gap", n, n == 2), SECOND))[0][0] for n in (1, 2)] == [200, 200]
+
+
+def test_after_the_end_there_is_no_piece(live):
+    assert live.answer((headers("ended", 0, True), SECOND))[0][0] == 200
+    assert live.ends()
+    [(status, error)] = live.answer((headers("ended", 1), SECOND))
+    assert (status, error["type"]) == (410, "SequenceEnded")
+
+
+def test_a_silent_client_is_forgotten_and_told_so(digits_pt, monkeypatch):
+    live, now = LiveWorker(digits_pt), time.monotonic()
+    assert live.answer((headers("silent", 0), SECOND), (headers("done", 0, True), SECOND))[0][0] == 200
+    monkeypatch.setattr(time, "monotonic", lambda: now + 11)
+    [(status, error)] = live.answer((headers("silent", 1), SECOND))
+    assert (status, error["type"]) == (410, "SequenceEnded") and "idle for more than 10 s" in error["message"]
+    assert live.answer((headers("done", 1), SECOND))[0][0] == 410
+    assert live.handler.live.sequences == {}
+
+
+def test_when_all_places_are_taken_the_next_gets_503_until_one_is_free(digits_pt):
+    live = LiveWorker(digits_pt, max_sequences=3)
+    opened = [live.answer((headers(f"s{i}", 0), SECOND))[0] for i in range(4)]
+    assert [status for status, _ in opened] == [200, 200, 200, 503]
+    assert opened[3][1]["type"] == "TooManySequences"
+    assert live.answer((headers("s0", 1, True), SECOND))[0][0] == 200
+    assert live.answer((headers("s3", 0), SECOND))[0][0] == 200
+
+
+def test_too_much_sound_is_refused(digits_pt):
+    live = LiveWorker(digits_pt, max_audio_seconds=3)
+    assert live.answer((headers("long", 0), bytes(32_000 * 31)))[0][1]["type"] == "AudioTooLong"
+    assert [live.answer((headers("long", i), SECOND))[0][0] for i in range(4)] == [200, 200, 200, 413]
+    assert live.answer((headers("long", 3, True), b""))[0][0] == 200
+
+
+def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, monkeypatch):
+    live = LiveWorker(digits_pt)
+    pcm = strings[4][:64_000]
+    live.answer((headers("good", 0), pcm[:32_000]), (headers("bad", 0), pcm[:32_000]))
+    bad = live.handler.live.sequences["bad"]
+    bad.stream = bad.stream._replace(past=[])
+    good, failed = live.answer((headers("good", 1, True), pcm[32_000:]), (headers("bad", 1), pcm[32_000:]))
+    assert (good[0], failed[0], failed[1]["type"]) == (200, 500, "InternalError")
+    assert_same(worker, pcm, good[1])
+    assert live.answer((headers("bad", 2), SECOND))[0][0] == 410
+
+
+def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
+    kept = []
+    for number in range(60):
+        live.answer((headers("memory", number), SECOND))
+        sequence = live.handler.live.sequences["memory"]
+        tensors = [sequence.samples, sequence.stream.features, *sequence.stream.past]
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    assert max(kept[1:]) < 1.01 * max(kept[:5]) and max(kept) < 1_000_000
+
+
+def test_a_model_file_that_cannot_stream_is_refused(tmp_path):
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "emformer_rnnt.pt"))
+    handler = SimpleNamespace(model=torch.jit.load(str(tmp_path / "emformer_rnnt.pt")))
+    with pytest.raises(ValueError, match="write it anew"):
+        Live(handler, IDLE)

@@ -1,0 +1,246 @@
+"""The page clients/live.html in a real browser, with a microphone that plays a sample, against the live server."""
+
+import contextlib
+import functools
+import http.server
+import shutil
+import threading
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SAMPLES, Server, free_ports
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs a browser, Debian's packages chromium and chromium-driver",
+)
+TEXT = "four seven two"
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """The address of the page, served as the README says."""
+    files = functools.partial(QuietFiles, directory=ROOT / "clients")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), files) as pages:
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{pages.server_port}/live.html"
+        pages.shutdown()
+
+
+@pytest.fixture(scope="module")
+def live_server(digits_pt, page) -> Iterator[Server]:
+    origin = page.removesuffix("/live.html")
+    cors = (ROOT / "cors.properties").read_text().replace("http://127.0.0.1:8000", origin)
+    assert origin in cors
+    server = Server(digits_pt, config=cors, live={"minWorkers": 1, "maxWorkers": 1, "beam_width": 4})
+    started = server.serve("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """What the microphone plays: the sample, then nothing."""
+    path = tmp_path_factory.mktemp("microphone") / "speech.wav"
+    with wave.open(str(SAMPLES / "three-digits.wav")) as source, wave.open(str(path), "wb") as target:
+        target.setparams(source.getparams())
+        target.writeframes(source.readframes(source.getnframes()) + bytes(2 * 16_000 * 20))
+    return path
+
+
+@contextlib.contextmanager
+def browser(page: str, server_url: str, *options: str) -> Iterator[Chrome]:
+    """The page in headless Chromium, which is told where the server is."""
+    settings = ChromeOptions()
+    settings.binary_location = shutil.which("chromium")
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", *options):
+        settings.add_argument(option)
+    settings.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(settings, Service(shutil.which("chromedriver")))
+    try:
+        chrome.get(page)
+        field = chrome.find_element(By.ID, "server")
+        field.clear()
+        field.send_keys(server_url)
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def microphone(speech: Path) -> tuple[str, ...]:
+    return (
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",  # says yes
+        f"--use-file-for-fake-audio-capture={speech}%noloop",
+    )
+
+
+def base(server: Server) -> str:
+    return server.url.removesuffix("/predictions/emformer_asr")
+
+
+def text(chrome: Chrome, name: str) -> str:
+    return chrome.find_element(By.ID, name).get_property("textContent")
+
+
+def wait_for(chrome: Chrome, what, seconds: int = 40):
+    return WebDriverWait(chrome, seconds, poll_frequency=0.05).until(what)
+
+
+def errors(chrome: Chrome) -> list[str]:
+    return [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        button = chrome.find_element(By.ID, "speak")
+        button.click()
+        wait_for(chrome, lambda _: button.text == "Stop")
+        seen = []
+
+        def grown(_) -> bool:
+            if text(chrome, "text") not in seen:
+                seen.append(text(chrome, "text"))
+            return seen[-1] == TEXT
+
+        wait_for(chrome, grown)
+        assert len(seen) >= 3, seen  # word by word, not at the end
+        assert "ms" in text(chrome, "latency")
+        button.click()
+        wait_for(chrome, lambda _: text(chrome, "status") == f"Transcript: {TEXT}")
+        assert (button.text, text(chrome, "text"), text(chrome, "message")) == ("Speak", TEXT, "")
+        assert chrome.find_element(By.ID, "level").get_property("value") == 0
+        assert not errors(chrome)
+
+
+def test_the_level_follows_the_voice(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: chrome.find_element(By.ID, "level").get_property("value") > 0.2)
+
+
+def test_a_file_gives_its_words_and_subtitles(page, live_server, tmp_path):
+    with browser(page, base(live_server)) as chrome:
+        chrome.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
+        assert text(chrome, "transcript") == "seven three zero two"
+        rows = chrome.find_elements(By.CSS_SELECTOR, "#words tbody tr")
+        assert [row.text.split()[0] for row in rows] == ["seven", "three", "zero", "two"]
+        for link in chrome.find_elements(By.CSS_SELECTOR, "#links a"):
+            link.click()
+        for name, head in (("pin.vtt", "WEBVTT"), ("pin.srt", "1\n")):
+            wait_for(chrome, lambda _, file=tmp_path / name: file.exists() and "two" in file.read_text())
+            assert (tmp_path / name).read_text().startswith(head)
+        assert not errors(chrome)
+
+
+def test_a_file_that_is_no_audio_gets_the_server_s_sentence(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        chrome.find_element(By.ID, "file").send_keys(str(ROOT / "requirements.txt"))
+        wait_for(chrome, lambda _: "is not audio I can read" in text(chrome, "message"))
+
+
+def test_a_refused_microphone_is_said(page, live_server):
+    with browser(page, base(live_server), "--use-fake-device-for-media-stream") as chrome:
+        denied = {"permission": {"name": "microphone"}, "setting": "denied", "origin": page.removesuffix("/live.html")}
+        chrome.execute_cdp_cmd("Browser.setPermission", denied)
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "The microphone was refused" in text(chrome, "message"))
+        assert chrome.find_element(By.ID, "speak").text == "Speak"
+
+
+def test_a_missing_microphone_is_said(page, live_server):
+    with browser(page, base(live_server), "--use-fake-ui-for-media-stream") as chrome:
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "no microphone" in text(chrome, "message"))
+
+
+def test_a_server_that_is_away_is_said(page, speech):
+    [port] = free_ports(1)
+    with browser(page, f"http://127.0.0.1:{port}", *microphone(speech)) as chrome:
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "make run-live" in text(chrome, "message"))
+        wait_for(chrome, lambda _: chrome.find_element(By.ID, "speak").text == "Speak")
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        wait_for(chrome, lambda _: "make run-live" in text(chrome, "message"))
+
+
+def test_a_page_from_elsewhere_gets_nothing(page, live_server):
+    elsewhere = page.replace("127.0.0.1", "localhost")  # another origin
+    with browser(elsewhere, base(live_server)) as chrome:
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        wait_for(chrome, lambda _: "does it allow http://localhost" in text(chrome, "message"))
+        assert text(chrome, "transcript") == ""
+
+
+def test_the_keyboard_is_enough(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        chrome.switch_to.active_element.send_keys(Keys.TAB)  # from the server's field
+        assert chrome.switch_to.active_element.get_property("id") == "speak"
+        chrome.switch_to.active_element.send_keys(Keys.ENTER)
+        wait_for(chrome, lambda _: text(chrome, "text") == TEXT)
+        assert chrome.switch_to.active_element.get_property("id") == "speak"
+        chrome.switch_to.active_element.send_keys(Keys.ENTER)
+        wait_for(chrome, lambda _: text(chrome, "status") == f"Transcript: {TEXT}")
+        chrome.switch_to.active_element.send_keys(Keys.TAB)
+        assert chrome.switch_to.active_element.get_property("id") == "choose"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_reads_well_in_light_and_dark(page, live_server, scheme):
+    with browser(page, base(live_server)) as chrome:
+        chrome.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        wait_for(chrome, lambda _: chrome.find_elements(By.CSS_SELECTOR, "#words tbody tr"))
+        assert chrome.execute_script("return document.documentElement.scrollWidth") <= 360
+        for name in ("transcript", "speak", "choose"):
+            assert contrast(chrome, name) >= 4.5, name  # WCAG 2.2, level AA
+
+
+def contrast(chrome: Chrome, name: str) -> float:
+    """The contrast of an element's text with what is behind it, as WCAG defines it."""
+    script = """
+        const element = document.getElementById(arguments[0]), colours = [getComputedStyle(element).color];
+        for (let e = element; colours.length < 2; e = e.parentElement) {
+          const background = getComputedStyle(e).backgroundColor;
+          if (!background.endsWith(", 0)")) colours.push(background);
+        }
+        return colours.map((colour) => colour.match(/\\d+/g).slice(0, 3).map(Number));"""
+
+    def luminance(colour: list[int]) -> float:
+        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted(luminance(colour) for colour in chrome.execute_script(script, name))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_nothing_foreign_is_loaded(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        loaded = chrome.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        assert [name for name in loaded if not name.startswith(page.removesuffix("live.html"))] == []
+
+
+def test_every_control_has_a_name(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        for selector in ("button", "input", "meter"):
+            for element in chrome.find_elements(By.CSS_SELECTOR, selector):
+                assert element.accessible_name or not element.is_displayed(), element.get_attribute("outerHTML")
