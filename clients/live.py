@@ -1,12 +1,13 @@
 """Speak to the server and watch the text grow, or let it hear a file at the speed of speech.
 
     python clients/live.py speech.wav    # 16-bit mono PCM
-    python clients/live.py               # the microphone; needs the package sounddevice
+    python clients/live.py               # the microphone, until Ctrl-C; needs the package sounddevice
 
-What may still change is in grey. Needs requests.
+What may still change is in grey.
 """
 
 import argparse
+import contextlib
 import queue
 import sys
 import time
@@ -22,8 +23,13 @@ GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
     """The rate in Hz and the pieces of a WAV file, each when it would have been spoken."""
-    file = wave.open(path, "rb")  # noqa: SIM115 (read until the program ends)
-    if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+    try:
+        file = wave.open(path, "rb")  # noqa: SIM115 (read until the program ends)
+        if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+            raise wave.Error
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}.")
+    except (wave.Error, EOFError):
         sys.exit(f"{path} is not 16-bit mono PCM: convert it, with ffmpeg -i {path} -ac 1 -c:a pcm_s16le out.wav.")
 
     def pieces() -> Iterator[bytes]:
@@ -45,35 +51,30 @@ def microphone_pieces(rate: int = 16_000) -> tuple[int, Iterator[bytes]]:
 
     def pieces() -> Iterator[bytes]:
         heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        microphone = sounddevice.RawInputStream(
-            rate, int(PIECE * rate), channels=1, dtype="int16", callback=lambda data, *_: heard.put(bytes(data))
-        )
-        try:
-            with microphone:
-                while True:
-                    piece = heard.get()
-                    while not heard.empty():
-                        piece += heard.get()
-                    yield piece
-        except KeyboardInterrupt:
-            return
+        options = {"channels": 1, "dtype": "int16", "callback": lambda data, *_: heard.put(bytes(data))}
+        with sounddevice.RawInputStream(rate, int(PIECE * rate), **options), contextlib.suppress(KeyboardInterrupt):
+            while True:
+                piece = heard.get()
+                while not heard.empty():
+                    piece += heard.get()
+                yield piece
 
     return rate, pieces()
 
 
 def send(session: requests.Session, url: str, headers: dict[str, str], pcm: bytes) -> dict:
     """One piece; sent again if the connection breaks, for a repeated piece does not count twice."""
-    for attempt in range(4):
+    for pause in (0.2, 0.5, 1.0, None):
         try:
-            response = session.post(url, pcm, headers=headers, timeout=60)
-            break
+            response = session.post(url, pcm, headers=headers, timeout=10)
+            if response.ok:
+                return response.json()
+            sys.exit(f"\nThe server says {response.status_code}: {response.json()['message']}")
         except requests.ConnectionError:
-            if attempt == 3:
-                sys.exit(f"\nNo server answers at {url}: start it with make run-live.")
-            time.sleep(0.5)
-    if not response.ok:
-        sys.exit(f"\nThe server says {response.status_code}: {response.json().get('message', response.text)}")
-    return response.json()
+            time.sleep(pause or 0)
+        except requests.Timeout:  # its worker has died, and what it had heard is lost
+            break
+    sys.exit(f"\nNo server answers at {url}: start it with make run-live.")
 
 
 def main() -> None:
@@ -82,17 +83,15 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8080")
     args = parser.parse_args()
     rate, pieces = file_pieces(args.file) if args.file else microphone_pieces()
-    url, session = f"{args.server}/predictions/emformer_asr_live", requests.Session()
+    url, session, number = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1
     common = {"ts_request_sequence_id": uuid.uuid4().hex, "x-sample-rate": str(rate)}
     common["Content-Type"] = "application/octet-stream"
-    number = 0
-    for pcm in pieces:
+    for number, pcm in enumerate(pieces):  # noqa: B007 (read after the loop)
         answer = send(session, url, common | {"x-piece": str(number)}, pcm)
         text, stable = answer["text"], answer["stable"]
         if sys.stdout.isatty():
             print(f"{ERASE}{text[:stable]}{GREY}{text[stable:]}{PLAIN}", end="", flush=True)
-        number += 1
-    answer = send(session, url, common | {"x-piece": str(number), "x-last-piece": "true"}, b"")
+    answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")
     print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}")
 
 

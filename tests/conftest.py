@@ -164,7 +164,12 @@ class Server:
         )
         text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
         self.config.write_text(text + config)
-        self.url = serve.read_config(self.config)["inference_address"] + "/predictions/emformer_asr"
+        addresses = serve.read_config(self.config)
+        self.url = addresses["inference_address"] + "/predictions/emformer_asr"
+        self.management_url, self.metrics_url = (
+            addresses["management_address"],
+            addresses["metrics_address"] + "/metrics",
+        )
         self.live = live is not None
         self.live_url = self.url + "_live"
         # A batch of several requests is what the tests are after.

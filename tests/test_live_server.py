@@ -1,0 +1,225 @@
+"""Live speech through TorchServe: each sequence gets its own text, whatever happens to the others."""
+
+import random
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+from conftest import ROOT, SAMPLES, Server, transcripts
+from test_live import cut, headers, pcm_of
+
+IDLE = 3.0  # seconds
+PLACES = 24  # of a worker
+WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def live(digits_pt):
+    """The server with both archives, which forgets a silent client soon."""
+    settings = {"sequenceMaxIdleMSec": int(1000 * IDLE), "max_sequences": PLACES}
+    server = Server(digits_pt, live=settings, config=(ROOT / "cors.properties").read_text())
+    started = server.serve("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def spoken(worker) -> dict[str, bytes]:
+    """Text -> PCM of every sample."""
+    sounds = transcripts("digits")
+    return {text: pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes())) for name, text in sounds.items()}
+
+
+class Speaker:
+    """One client of the live server."""
+
+    def __init__(self, server: Server, name: str | None = None) -> None:
+        self.url, self.name, self.session = server.live_url, name or uuid.uuid4().hex, requests.Session()
+
+    def send(self, piece: int, pcm: bytes, last: bool = False, **others: str) -> requests.Response:
+        chosen = headers(self.name, piece, last, **others) | {"Content-Type": "application/octet-stream"}
+        return self.session.post(self.url, pcm, headers=chosen, timeout=30)
+
+
+def test_twenty_at_once_are_not_mixed_up_whatever_they_do(live, spoken):
+    """Some repeat pieces, some leave one out, some stop and come back, some disappear; the others' text is right."""
+
+    def speak(number: int) -> None:
+        rng, speaker = random.Random(number), Speaker(live)
+        text = rng.choice(sorted(spoken))
+        pieces = cut(spoken[text], rng, longest=1.0)
+        for piece, pcm in enumerate(pieces):
+            last = piece == len(pieces) - 1
+            time.sleep(rng.uniform(0, 0.05))
+            if number % 4 == 1 and not last:  # the one after it, too early
+                early = speaker.send(piece + 1, b"") if piece else None
+                assert early is None or (early.status_code, early.json()["type"]) == (409, "MissingPiece")
+            if number % 5 == 4 and piece == len(pieces) // 2:
+                return disappear(pcm, piece)
+            answers = [speaker.send(piece, pcm, last) for _ in range(1 if last else rng.randint(1, 3))]
+            for answer in answers:
+                assert answer.status_code == 200, answer.text
+                assert answer.json() == answers[0].json()
+            assert (answer.json()["sequence"], answer.json()["piece"]) == (speaker.name, piece)
+            assert text.startswith(answer.json()["text"])
+        assert (answer.json()["text"], answer.json()["final"]) == (text, True)
+        assert " ".join(word["word"] for word in answer.json()["words"]) == text
+
+    def disappear(pcm: bytes, piece: int) -> None:
+        """Begin to send a piece, and hang up."""
+        address = urlsplit(live.live_url)
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            lines = [f"POST {address.path} HTTP/1.1", "Host: here", f"Content-Length: {len(pcm) + 9}"]
+            lines += [f"{name}: {value}" for name, value in headers(uuid.uuid4().hex, piece).items()]
+            connection.sendall("\r\n".join([*lines, "", ""]).encode() + pcm)
+
+    with ThreadPoolExecutor(20) as pool:
+        for done in [pool.submit(speak, number) for number in range(20)]:
+            done.result()
+
+
+def test_one_that_hangs_up_before_its_answer_may_come_back(live, spoken):
+    [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
+    speaker, address = Speaker(live), urlsplit(live.live_url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        lines = [f"POST {address.path} HTTP/1.1", "Host: here", "Content-Length: 40000"]
+        lines += ["Content-Type: application/octet-stream"]
+        lines += [f"{name}: {value}" for name, value in headers(speaker.name, 0).items()]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + pcm[:40_000])
+    assert speaker.send(0, pcm[:40_000]).status_code == 200
+    assert speaker.send(1, pcm[40_000:], last=True).json()["text"] == text
+
+
+def test_a_silent_client_is_forgotten_and_its_place_is_free(live):
+    silent = [Speaker(live) for _ in range(WORKERS * PLACES)]
+    with ThreadPoolExecutor(len(silent)) as pool:
+        opened = list(pool.map(lambda speaker: speaker.send(0, bytes(5120)), silent))
+    assert {answer.status_code for answer in opened} <= {200, 503}
+    silent = [speaker for speaker, answer in zip(silent, opened, strict=True) if answer.status_code == 200]
+    assert len(silent) >= PLACES
+    time.sleep(IDLE + 0.5)
+    late = [speaker.send(1, bytes(5120)) for speaker in silent[:6]]
+    # Another worker does not know it any more.
+    assert {(a.status_code, a.json()["type"]) for a in late} <= {(410, "SequenceEnded"), (409, "UnknownSequence")}
+    assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200
+
+
+def test_when_all_places_are_taken_the_next_gets_503_and_those_inside_go_on(live, spoken):
+    crowd = [Speaker(live) for _ in range(2 * WORKERS * PLACES)]
+    [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        opened = list(pool.map(lambda speaker: speaker.send(0, pcm[:20_000]), crowd))
+        inside = [speaker for speaker, answer in zip(crowd, opened, strict=True) if answer.status_code == 200]
+        assert 1 <= len(inside) <= WORKERS * PLACES
+        assert {answer.status_code for answer in opened} == {200, 503}
+        ended = pool.map(lambda speaker: speaker.send(1, pcm[20_000:], last=True), inside)
+        assert {answer.json()["text"] for answer in ended} == {text}
+    assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200  # at once: the end frees a place
+
+
+def test_without_a_name_torchserve_gives_one_that_the_answer_tells(live, spoken):
+    [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
+    raw = {"Content-Type": "application/octet-stream", "x-piece": "0"}
+    name = requests.post(live.live_url, pcm[:40_000], headers=raw, timeout=30).json()["sequence"]
+    assert Speaker(live, name).send(1, pcm[40_000:], last=True).json()["text"] == text
+
+
+@pytest.mark.parametrize("sent", [b"\xff" * 3, b"", b"{}", b"RIFF" + bytes(997)], ids=["3 bytes", "none", "2", "odd"])
+def test_strange_bodies_are_answered(live, sent):
+    for content in ("application/octet-stream", "text/plain", "application/json", "audio/wav"):
+        speaker = Speaker(live)
+        answer = requests.post(
+            speaker.url, sent, headers=headers(speaker.name, 0) | {"Content-Type": content}, timeout=30
+        )
+        assert answer.status_code in (200, 400), answer.text
+        assert answer.status_code == 200 or answer.json()["type"] in ("NotPCM", "BadRequestException")
+
+
+@pytest.mark.parametrize("name", ["a b", "\x7f", "x" * 4000, "\N{LATIN SMALL LETTER E WITH ACUTE}".encode()])
+def test_strange_names_are_refused_and_take_no_place(live, name):
+    for _ in range(3):
+        answer = requests.post(live.live_url, bytes(5120), headers=headers(name, 0), timeout=30)
+        assert (answer.status_code, answer.json()["type"]) == (400, "NoSequence")
+    assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200
+
+
+def test_the_client_prints_the_text(live):
+    command = [sys.executable, ROOT / "clients" / "live.py", SAMPLES / "three-digits.wav"]
+    said = subprocess.run(
+        [*command, "--server", live.url.removesuffix("/predictions/emformer_asr")], capture_output=True, text=True
+    )
+    assert (said.returncode, said.stdout) == (0, "four seven two\n"), said.stderr
+
+
+def test_the_client_says_what_is_wrong(live, tmp_path):
+    client = [sys.executable, ROOT / "clients" / "live.py"]
+    for arguments, sentence in [
+        ([SAMPLES / "three-digits.wav", "--server", "http://127.0.0.1:9"], "No server answers"),
+        ([ROOT / "README.md"], "is not 16-bit mono PCM"),
+        ([tmp_path / "nothing.wav"], "cannot be read"),
+    ]:
+        said = subprocess.run([*client, *arguments], capture_output=True, text=True)
+        assert said.returncode == 1 and sentence in said.stderr and "Traceback" not in said.stderr
+
+
+def test_only_the_page_s_origin_is_allowed_by_cors(live):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-piece"}
+    for url in (live.live_url, live.url):
+        answer = requests.options(url, headers=asked | {"Origin": "http://127.0.0.1:8000"}, timeout=30)
+        assert answer.headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:8000"
+        assert "x-piece" in answer.headers["Access-Control-Allow-Headers"]
+        other = requests.options(url, headers=asked | {"Origin": "https://elsewhere.example"}, timeout=30)
+        assert other.headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:8000"  # which a browser refuses
+
+
+def test_open_sequences_are_counted(live):
+    speaker = Speaker(live)
+    speaker.send(0, bytes(5120))
+    metrics = requests.get(live.metrics_url, timeout=30).text
+    deadline = time.monotonic() + 20
+    while "\nasr_open_sequences{" not in metrics:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        metrics = requests.get(live.metrics_url, timeout=30).text
+    speaker.send(1, b"", last=True)
+
+
+def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_so(new_server, digits_pt, spoken):
+    """TorchServe does not bring it back: a restart does, and the other worker's sequences go on until then."""
+    server = new_server(digits_pt, live={})
+    assert server.serve("start").returncode == 0
+    assert server.serve("health").returncode == 0
+    [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
+    speakers = [Speaker(server) for _ in range(8)]
+    assert {speaker.send(0, pcm[:40_000]).status_code for speaker in speakers} == {200}
+    victim = requests.get(server.management_url + "/models/emformer_asr_live", timeout=30).json()[0]["workers"][0]
+    [process] = [each for each in server.processes() if each.pid == victim["pid"]]
+    process.kill()
+    process.wait(10)
+
+    def end(speaker: Speaker) -> str | None:
+        try:
+            return (
+                speaker.session.post(speaker.url, pcm[40_000:], headers=headers(speaker.name, 1, True), timeout=10)
+                .json()
+                .get("text")
+            )
+        except requests.Timeout:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(end, speakers))
+    assert texts.count(text) == 4 and texts.count(None) == 4
+    health = server.serve("health")
+    assert health.returncode == 1 and "NOT READY" in health.stdout
+    server.serve("stop")
+    assert server.serve("start").returncode == 0
+    assert server.serve("health").returncode == 0
+    assert Speaker(server).send(0, pcm, last=True).json()["text"] == text
