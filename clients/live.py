@@ -7,8 +7,8 @@ What may still change is in grey.
 """
 
 import argparse
-import contextlib
 import queue
+import signal
 import sys
 import time
 import uuid
@@ -27,10 +27,9 @@ def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
         file = wave.open(path, "rb")  # noqa: SIM115 (read until the program ends)
         if (file.getnchannels(), file.getsampwidth()) != (1, 2):
             raise wave.Error
-    except OSError as error:
-        sys.exit(f"{path} cannot be read: {error.strerror}.")
-    except (wave.Error, EOFError):
-        sys.exit(f"{path} is not 16-bit mono PCM: convert it, with ffmpeg -i {path} -ac 1 -c:a pcm_s16le out.wav.")
+    except (OSError, wave.Error, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "it is not 16-bit mono PCM in a WAV file"
+        sys.exit(f"{path} cannot be read: {reason}.")
 
     def pieces() -> Iterator[bytes]:
         begun, spoken = time.monotonic(), 0.0
@@ -43,7 +42,7 @@ def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
 
 
 def microphone_pieces(rate: int = 16_000) -> tuple[int, Iterator[bytes]]:
-    """The rate in Hz and what the microphone has heard since the piece before, until Ctrl-C."""
+    """The rate in Hz and what the microphone has heard since the piece before."""
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: without PortAudio
@@ -52,7 +51,7 @@ def microphone_pieces(rate: int = 16_000) -> tuple[int, Iterator[bytes]]:
     def pieces() -> Iterator[bytes]:
         heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         options = {"channels": 1, "dtype": "int16", "callback": lambda data, *_: heard.put(bytes(data))}
-        with sounddevice.RawInputStream(rate, int(PIECE * rate), **options), contextlib.suppress(KeyboardInterrupt):
+        with sounddevice.RawInputStream(rate, int(PIECE * rate), **options):
             while True:
                 piece = heard.get()
                 while not heard.empty():
@@ -84,13 +83,17 @@ def main() -> None:
     args = parser.parse_args()
     rate, pieces = file_pieces(args.file) if args.file else microphone_pieces()
     url, session, number = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1
-    common = {"ts_request_sequence_id": uuid.uuid4().hex, "x-sample-rate": str(rate)}
-    common["Content-Type"] = "application/octet-stream"
-    for number, pcm in enumerate(pieces):  # noqa: B007 (read after the loop)
+    common = {"Content-Type": "application/octet-stream", "x-sample-rate": str(rate)}
+    common["ts_request_sequence_id"] = uuid.uuid4().hex
+    stopped: list[bool] = []
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))  # Ctrl-C ends the sound, not the program
+    for number, pcm in enumerate(pieces):
         answer = send(session, url, common | {"x-piece": str(number)}, pcm)
-        text, stable = answer["text"], answer["stable"]
         if sys.stdout.isatty():
+            text, stable = answer["text"], answer["stable"]
             print(f"{ERASE}{text[:stable]}{GREY}{text[stable:]}{PLAIN}", end="", flush=True)
+        if stopped:
+            break
     answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")
     print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}")
 

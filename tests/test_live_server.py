@@ -162,7 +162,7 @@ def test_the_client_says_what_is_wrong(live, tmp_path):
     client = [sys.executable, ROOT / "clients" / "live.py"]
     for arguments, sentence in [
         ([SAMPLES / "three-digits.wav", "--server", "http://127.0.0.1:9"], "No server answers"),
-        ([ROOT / "README.md"], "is not 16-bit mono PCM"),
+        ([ROOT / "README.md"], "it is not 16-bit mono PCM"),
         ([tmp_path / "nothing.wav"], "cannot be read"),
     ]:
         said = subprocess.run([*client, *arguments], capture_output=True, text=True)
