@@ -8,8 +8,8 @@
 - server: the real TorchServe on free ports with one worker of the live archive, held to one core; Java and this load
   generator have the others. N speakers, each a connection, send their pieces of 160 ms at the speed of speech. A time
   counts from the moment at which the piece's last sample was spoken, so also while the answer before is still out.
-- delay: one speaker of digits; from the end of a word in the sound (where the model itself hears it end, corrected as in
-  the answers) to the arrival of the first answer with that word in its text.
+- delay: one speaker of digits; from the end of a word in the sound (where the model itself hears it end, corrected as
+  in the answers) to the arrival of the first answer with that word in its text.
 
 The 76.7M-parameter network has random weights, its blank bias set so that about six tokens a second come out.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
+import requests
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,11 @@ def in_the_handler(name: str, model: Path, pcm: bytes) -> None:
         print(f"| {name} | {count} | {median:.1f} ms | {p95(times):.1f} ms | {median / count:.2f} ms |", flush=True)
 
 
+def the_worker(server: Server) -> psutil.Process:
+    model = requests.get(f"{server.management_url}/models/emformer_asr_live", timeout=30).json()[0]
+    return psutil.Process(model["workers"][0]["pid"])
+
+
 @contextmanager
 def one_worker(model: Path) -> Iterator[Server]:
     """The server, its live worker held to the first core, all else to the others."""
@@ -96,10 +102,10 @@ def one_worker(model: Path) -> Iterator[Server]:
         if started.returncode:
             sys.exit(started.stdout + started.stderr)
         first, *others = sorted(psutil.Process().cpu_affinity())
+        worker = the_worker(server)
         for process in server.processes():
-            is_worker = "emformer_asr_live" in " ".join(process.cmdline()) and "model_service" in str(process.cmdline())
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, [first] if is_worker else others or [first])
+                os.sched_setaffinity(thread.id, [first] if process == worker else others or [first])
         os.sched_setaffinity(0, others or [first])
         yield server
         os.sched_setaffinity(0, [first, *others])
@@ -150,20 +156,20 @@ async def crowd(server: Server, pieces: list[bytes], count: int) -> list[float]:
     return [ms for heard in await asyncio.gather(*speaking) for when, ms in heard if when >= WARM_UP]
 
 
-def used(processes: list[psutil.Process]) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
+def used(process: psutil.Process) -> float:
+    """Seconds of processor time."""
+    return sum(process.cpu_times()[:2])
 
 
 def through_the_server(name: str, model: Path, pcm: bytes) -> None:
     with one_worker(model) as server:
-        java, *workers = server.processes()
-        workers = [each for each in workers if "emformer_asr_live" in " ".join(each.cmdline())]
+        worker, java = the_worker(server), server.processes()[0]
         for count in SPEAKERS[name.split("-")[0]]:
-            before, own = (used(workers), used([java])), time.process_time()
+            before, own = (used(worker), used(java)), time.process_time()
             started = time.perf_counter()
             times = asyncio.run(crowd(server, cut(pcm), count))
             wall = time.perf_counter() - started
-            cores = [(used(workers) - before[0]) / wall, (used([java]) - before[1]) / wall]
+            cores = [(used(worker) - before[0]) / wall, (used(java) - before[1]) / wall]
             cores.append((time.process_time() - own) / wall)
             row = [name, count, f"{statistics.median(times):.0f} ms", f"{p95(times):.0f} ms"]
             print("|", " | ".join(map(str, row + [f"{each:.2f}" for each in cores])), "|", flush=True)
