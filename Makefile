@@ -1,5 +1,5 @@
 # make run    set everything up, start the server, transcribe the sample audio
-# make run-live  the same, and beside it the archive for live speech and the page that speaks to it
+# make run-live   start both archives, that for live speech, too, and let it hear a sample
 # make test   set everything up, run every test
 # make stop   stop the server
 # make clean  remove what was built (the virtual environment stays)
@@ -21,7 +21,7 @@ run: model_store/emformer_asr.mar
 
 run-live: model_store/emformer_asr.mar model_store/emformer_asr_live.mar build/config-live.properties
 	@$(BIN)/python serve.py start --live --config build/config-live.properties
-	@$(BIN)/python clients/live.py sample_audio/three-digits.wav
+	@$(BIN)/python clients/live.py sample_audio/three-digits.wav --server "$$(sed -n 's/^inference_address=//p' config.properties)"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -259,3 +259,4 @@ def post(server: Server, path: Path) -> requests.Response:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", type=int, default=2000, help="requests that tests/test_fuzz.py sends to the handler")
+    parser.addoption("--screenshot", type=Path, help="where tests/test_page.py puts a picture of the page")

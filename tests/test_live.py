@@ -3,8 +3,10 @@
 import io
 import json
 import random
+import re
 import time
 import wave
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, Worker, transcripts
+from conftest import ROOT, SAMPLES, Worker, transcripts
 from torchaudio.models import emformer_rnnt_base
 from ts.context import Context, RequestProcessor
 
@@ -349,3 +351,15 @@ def test_a_model_file_that_cannot_stream_is_refused(tmp_path):
     handler = SimpleNamespace(model=torch.jit.load(str(tmp_path / "emformer_rnnt.pt")))
     with pytest.raises(ValueError, match="write it anew"):
         Live(handler, IDLE)
+
+
+def test_the_readme_lists_every_error():
+    documented = set()
+    for line in (
+        (ROOT / "README.md").read_text().split("| status | live `type` | when |\n")[1].split("\n\n")[0].splitlines()
+    ):
+        documented |= {
+            (int(line[2:5]), kind) for kind in re.findall(r"`(\w+)`", line.split("|")[2]) if line[2:5].isdigit()
+        }
+    raised = re.findall(r'HTTPStatus\.(\w+), "(\w+)"', (ROOT / "live.py").read_text())
+    assert documented == {(HTTPStatus[status].value, kind) for status, kind in raised}

@@ -104,8 +104,12 @@ def errors(chrome: Chrome) -> list[str]:
     return [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech):
-    with browser(page, base(live_server), *microphone(speech)) as chrome:
+def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech, pytestconfig):
+    screenshot = pytestconfig.getoption("screenshot")
+    with browser(page, base(live_server), "--window-size=820,760", *microphone(speech)) as chrome:
+        if screenshot:
+            chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+            wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
         button = chrome.find_element(By.ID, "speak")
         button.click()
         wait_for(chrome, lambda _: button.text == "Stop")
@@ -114,6 +118,8 @@ def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speec
         def grown(_) -> bool:
             if text(chrome, "text") not in seen:
                 seen.append(text(chrome, "text"))
+                if screenshot and chrome.execute_script("return document.querySelector('#text i')?.textContent"):
+                    chrome.save_screenshot(str(screenshot))
             return seen[-1] == TEXT
 
         wait_for(chrome, grown)

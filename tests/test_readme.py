@@ -14,8 +14,10 @@ from conftest import BIN, ROOT, SAMPLES, post
 import serve
 
 TIMEOUT = 900
-# What no test can run: it needs a download or Docker. Everything else is in blocks that are run.
+# What no test can run: it does not end, or needs a screen, a download or Docker. Everything else is in blocks that are run.
 NOT_RUN = [
+    "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
+    "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ make run MODEL=librispeech",
     '$ docker build -t emformer-asr --build-arg INDEX_URL="$PYTORCH_CPU_WHEELS" .',
     "$ docker run --rm -p 127.0.0.1:8080:8080 emformer-asr",
