@@ -118,7 +118,10 @@ class Live:
             # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
             later, begun, pieces = [], set(), {}
             for index in todo:
-                headers = {name.lower(): value for name, value in context.get_all_request_header(index).items()}
+                headers = context.get_all_request_header(index).items()
+                headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
+                if not headers:  # over gRPC, see ``ModelHandler.handle``
+                    context.set_response_header(index, "ts_stream_next", "false")
                 name = headers.get("ts_request_sequence_id", "")
                 if name in begun:
                     later.append(index)

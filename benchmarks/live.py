@@ -8,6 +8,7 @@
 - server: the real TorchServe on free ports with one worker of the live archive, held to one core; Java and this load
   generator have the others. N speakers, each a connection, send their pieces of 160 ms at the speed of speech. A time
   counts from the moment at which the piece's last sample was spoken, so also while the answer before is still out.
+- memory: what the handler keeps of a sequence after half a minute, as tensors.
 - delay: one speaker of digits; from the end of a word in the sound (where the model itself hears it end, corrected as
   in the answers) to the arrival of the first answer with that word in its text.
 
@@ -44,7 +45,7 @@ from benchmarks.serve import MODELS, build  # noqa: E402
 PIECE = 0.16  # seconds
 SECONDS = 15  # of each measurement
 WARM_UP = 3  # seconds before it
-SPEAKERS = {"digits": (1, 10, 25, 50, 75, 100, 150), "76.7M": (1, 2, 4, 6, 8, 12)}
+SPEAKERS = {"digits": (1, 10, 25, 50, 75, 100, 150), "76.7M": (1, 2, 4, 6, 8, 12, 16, 20, 24)}
 BATCHES = {"digits": (1, 10, 25, 50), "76.7M": (1, 2, 4, 8)}
 LIMIT = 160.0  # milliseconds: with 95% of the answers after that, a core does not keep up
 RATE = engine.SAMPLE_RATE
@@ -90,6 +91,18 @@ def in_the_handler(name: str, model: Path, pcm: bytes) -> None:
 def the_worker(server: Server) -> psutil.Process:
     model = requests.get(f"{server.management_url}/models/emformer_asr_live", timeout=30).json()[0]
     return psutil.Process(model["workers"][0]["pid"])
+
+
+def memory(name: str, model: Path, pcm: bytes) -> None:
+    worker = LiveWorker(model)
+    for number, piece in enumerate(cut(pcm)[: round(30 / PIECE)]):
+        worker.answer((headers("memory", number), piece))
+    [sequence] = worker.handler.live.sequences.values()
+    tokens, *states, _ = sequence.stream.beam.hypotheses[0]
+    tensors = [sequence.samples, sequence.stream.features, *sequence.stream.past, states[0]]
+    tensors += [tensor for layer in states[1] for tensor in layer]
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    print(f"| {name} | {kept / 1e6:.2f} MB | {len(tokens)} |", flush=True)
 
 
 @contextmanager
@@ -205,6 +218,7 @@ def word_delays(name: str, model: Path, pcm: bytes) -> None:
 
 TABLES = {
     "handler": (in_the_handler, "| | speakers in a batch | median | p95 | a speaker |\n|---|---|---|---|---|"),
+    "memory": (memory, "| | of a sequence | tokens |\n|---|---|---|"),
     "server": (
         through_the_server,
         "| | speakers | median | p95 | worker's cores | Java's | load generator's |\n|---|---|---|---|---|---|---|",

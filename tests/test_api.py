@@ -307,7 +307,7 @@ def test_json_of_any_depth_is_refused_and_the_worker_lives(server):
 # gRPC
 
 
-def grpc_call(server: Server, method: str, fields: dict[str, bytes]) -> list[bytes]:
+def grpc_call(server: Server, method: str, fields: dict[str, bytes], model: str = "emformer_asr") -> list[bytes]:
     """Call TorchServe's inference service, without the code that is generated from its .proto file."""
     file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package="test", syntax="proto3")
     asked = file.message_type.add(name="PredictionsRequest")
@@ -327,7 +327,7 @@ def grpc_call(server: Server, method: str, fields: dict[str, bytes]) -> list[byt
             request_serializer=messages["test.PredictionsRequest"].SerializeToString,
             response_deserializer=messages["test.PredictionResponse"].FromString,
         )
-        answer = call(messages["test.PredictionsRequest"](model_name="emformer_asr", input=fields), timeout=60)
+        answer = call(messages["test.PredictionsRequest"](model_name=model, input=fields), timeout=60)
         return [part.prediction for part in (answer if method.startswith("Stream") else [answer])]
 
 

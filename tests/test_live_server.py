@@ -1,5 +1,6 @@
 """Live speech through TorchServe: each sequence gets its own text, whatever happens to the others."""
 
+import json
 import random
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 from conftest import ROOT, SAMPLES, Server, transcripts
+from test_api import grpc_call
 from test_live import cut, headers, pcm_of
 
 IDLE = 3.0  # seconds
@@ -148,6 +150,28 @@ def test_strange_names_are_refused_and_take_no_place(live, name):
         answer = requests.post(live.live_url, bytes(5120), headers=headers(name, 0), timeout=30)
         assert (answer.status_code, answer.json()["type"]) == (400, "NoSequence")
     assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
+def test_over_grpc_the_worker_lives_and_says_what_it_wants(live, method):
+    [answer] = grpc_call(live, method, {"data": bytes(5120)}, "emformer_asr_live")
+    assert json.loads(answer)["type"] == "NoSequence"
+    answers = [Speaker(live).send(0, bytes(5120), last=True).status_code for _ in range(2 * WORKERS)]
+    assert set(answers) == {200}
+
+
+def test_nothing_that_a_client_chose_is_in_the_logs(live):
+    speaker, access = Speaker(live, f"name-{uuid.uuid4().hex}"), live.folder / "logs" / "access_log.log"
+    lines = len(access.read_text().splitlines()) if access.exists() else 0
+    speaker.send(0, bytes(5120))
+    speaker.send(2, bytes(5120))
+    assert speaker.send(1, bytes(5120), last=True).status_code == 200
+    deadline = time.monotonic() + 20
+    while len(access.read_text().splitlines()) < lines + 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for log in access.parent.iterdir():
+        assert speaker.name not in log.read_text(errors="replace"), log
 
 
 def test_the_client_prints_the_text(live):

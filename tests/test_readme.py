@@ -14,7 +14,7 @@ from conftest import BIN, ROOT, SAMPLES, post
 import serve
 
 TIMEOUT = 900
-# What no test can run: it does not end, or needs a screen, a download or Docker. Everything else is in blocks that are run.
+# What no test can run: it does not end, or needs a screen, a download or Docker. All else is in blocks that are run.
 NOT_RUN = [
     "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
     "$ xdg-open http://127.0.0.1:8000/live.html",
