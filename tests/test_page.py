@@ -106,7 +106,7 @@ def errors(chrome: Chrome) -> list[str]:
 
 def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech, pytestconfig):
     screenshot = pytestconfig.getoption("screenshot")
-    with browser(page, base(live_server), "--window-size=820,760", *microphone(speech)) as chrome:
+    with browser(page, base(live_server), "--window-size=820,860", *microphone(speech)) as chrome:
         if screenshot:
             chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
             wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
