@@ -435,7 +435,7 @@ class Decoder(torch.nn.Module):
             for i in range(len(streams)):
                 if left[i] > 0 and (self.packs or len(group) == 0):
                     group.append(i)
-            count = min([left[i] for i in group] + [self.window_segments])
+            count = min([left[i] for i in group] + [max(self.window_segments // len(group), 1)])
             rows = torch.stack([encoder.rows(waiting[i], done[i], done[i] + count) for i in group])
             index = torch.tensor([streams[i].segments + done[i] for i in group], device=rows.device).unsqueeze(1)
             frames = torch.tensor(

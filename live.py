@@ -86,6 +86,7 @@ class Live:
         self.max_idle = config["sequenceMaxIdleMSec"] / 1000  # seconds
         self.sequences: dict[str, Sequence] = {}
         self.over: dict[str, str] = {}  # id -> why
+        self.lasted = 0.0  # seconds, the batch before
         # A frame is made of the samples around its hop, as far as ``reach`` to both sides, which ``margin`` whole hops
         # hold.
         self.hop, self.reach = handler.hop_samples, handler.window_samples // 2
@@ -110,23 +111,22 @@ class Live:
         Returns:
             list[dict]: an answer or an error each, in the order of ``data``.
         """
-        started, spent = time.perf_counter(), Counter()
-        self._forget(time.monotonic())
+        started, begun, spent = time.perf_counter(), time.monotonic(), Counter()
+        # Whose piece had to wait for the batch before was not silent.
+        self._forget(begun - self.lasted)
         answers: list[dict] = [{}] * len(data)
         todo, seconds = list(range(len(data))), 0.0
         while todo:
             # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
-            later, begun, pieces = [], set(), {}
+            later, named, pieces = [], set(), {}
             for index in todo:
                 headers = context.get_all_request_header(index).items()
                 headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
-                if not headers:  # over gRPC, see ``ModelHandler.handle``
-                    context.set_response_header(index, "ts_stream_next", "false")
                 name = headers.get("ts_request_sequence_id", "")
-                if name in begun:
+                if name in named:
                     later.append(index)
                     continue
-                begun.add(name)
+                named.add(name)
                 try:
                     piece = self._piece(name, headers, data[index])
                 except Exception as error:
@@ -145,7 +145,7 @@ class Live:
                         raise error
                     sequence = self.sequences[name]
                     sequence.answer = self._transcript(name, sequence, number, last)
-                    sequence.piece = number
+                    sequence.piece, sequence.used = number, time.monotonic()
                     answers[index] = self._answer(index, context, name)
                 except Exception as error:
                     answers[index] = self._error(index, context, name, error)
@@ -156,6 +156,7 @@ class Live:
         for step in ("features", "engine", "handler"):
             measure(context, f"asr_{step}_seconds", spent[step])
         measure(context, "asr_open_sequences", self._open(), MetricTypes.GAUGE)
+        self.lasted = time.monotonic() - begun
         return answers
 
     # From requests to samples

@@ -109,7 +109,8 @@ def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
         if answer.get("type") == "InvalidKeyException":
             sys.exit("TorchServe refuses the token in key_file.json, which may have expired: restart it for new ones.")
         return False
-    ready = [worker["status"] == "READY" for worker in answer[0]["workers"]]
+    # What TorchServe says of a worker is not enough: one that it has lost over gRPC stays "READY".
+    ready = [worker["status"] == "READY" and psutil.pid_exists(worker["pid"]) for worker in answer[0]["workers"]]
     return any(ready) and (name != LIVE_NAME or all(ready))
 
 

@@ -8,6 +8,7 @@ What may still change is in grey.
 
 import argparse
 import queue
+import shutil
 import signal
 import sys
 import time
@@ -21,8 +22,8 @@ PIECE = 0.16  # seconds
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
-def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
-    """The rate in Hz and the pieces of a WAV file, each when it would have been spoken."""
+def file_pieces(path: str) -> Iterator[tuple[int, bytes]]:
+    """(rate in Hz, PCM) of each piece of a WAV file, when it would have been spoken."""
     try:
         file = wave.open(path, "rb")  # noqa: SIM115 (read until the program ends)
         if (file.getnchannels(), file.getsampwidth()) != (1, 2):
@@ -30,35 +31,27 @@ def file_pieces(path: str) -> tuple[int, Iterator[bytes]]:
     except (OSError, wave.Error, EOFError) as error:
         reason = getattr(error, "strerror", None) or "it is not 16-bit mono PCM in a WAV file"
         sys.exit(f"{path} cannot be read: {reason}.")
-
-    def pieces() -> Iterator[bytes]:
-        begun, spoken = time.monotonic(), 0.0
-        while piece := file.readframes(int(PIECE * file.getframerate())):
-            spoken += len(piece) / 2 / file.getframerate()
-            time.sleep(max(begun + spoken - time.monotonic(), 0))
-            yield piece
-
-    return file.getframerate(), pieces()
+    begun, spoken, rate = time.monotonic(), 0.0, file.getframerate()
+    while piece := file.readframes(int(PIECE * rate)):
+        spoken += len(piece) / 2 / rate
+        time.sleep(max(begun + spoken - time.monotonic(), 0))
+        yield rate, piece
 
 
-def microphone_pieces(rate: int = 16_000) -> tuple[int, Iterator[bytes]]:
-    """The rate in Hz and what the microphone has heard since the piece before."""
+def microphone_pieces(rate: int = 16_000) -> Iterator[tuple[int, bytes]]:
+    """(rate in Hz, PCM) of what the microphone has heard since the piece before."""
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: without PortAudio
         sys.exit(f"The microphone needs sounddevice ({error}): pip install sounddevice, or name a WAV file.")
-
-    def pieces() -> Iterator[bytes]:
-        heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        options = {"channels": 1, "dtype": "int16", "callback": lambda data, *_: heard.put(bytes(data))}
-        with sounddevice.RawInputStream(rate, int(PIECE * rate), **options):
-            while True:
-                piece = heard.get()
-                while not heard.empty():
-                    piece += heard.get()
-                yield piece
-
-    return rate, pieces()
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    options = {"channels": 1, "dtype": "int16", "callback": lambda data, *_: heard.put(bytes(data))}
+    with sounddevice.RawInputStream(rate, int(PIECE * rate), **options):
+        while True:
+            piece = heard.get()
+            while not heard.empty():
+                piece += heard.get()
+            yield rate, piece
 
 
 def send(session: requests.Session, url: str, headers: dict[str, str], pcm: bytes) -> dict:
@@ -69,10 +62,11 @@ def send(session: requests.Session, url: str, headers: dict[str, str], pcm: byte
             if response.ok:
                 return response.json()
             sys.exit(f"\nThe server says {response.status_code}: {response.json()['message']}")
-        except requests.ConnectionError:
-            time.sleep(pause or 0)
-        except requests.Timeout:  # its worker has died, and what it had heard is lost
-            break
+        except requests.RequestException as error:
+            # After a time-out not again: its worker has died, and what that had heard is lost.
+            if pause is None or not isinstance(error, requests.ConnectionError):
+                break
+            time.sleep(pause)
     sys.exit(f"\nNo server answers at {url}: start it with make run-live.")
 
 
@@ -81,17 +75,15 @@ def main() -> None:
     parser.add_argument("file", nargs="?", help="a WAV file, 16-bit mono PCM; without it the microphone")
     parser.add_argument("--server", default="http://127.0.0.1:8080")
     args = parser.parse_args()
-    rate, pieces = file_pieces(args.file) if args.file else microphone_pieces()
-    url, session, number = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1
-    common = {"Content-Type": "application/octet-stream", "x-sample-rate": str(rate)}
-    common["ts_request_sequence_id"] = uuid.uuid4().hex
-    stopped: list[bool] = []
+    url, session, number, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1, []
+    common = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
     signal.signal(signal.SIGINT, lambda *_: stopped.append(True))  # Ctrl-C ends the sound, not the program
-    for number, pcm in enumerate(pieces):
-        answer = send(session, url, common | {"x-piece": str(number)}, pcm)
+    for number, (rate, pcm) in enumerate(file_pieces(args.file) if args.file else microphone_pieces()):
+        answer = send(session, url, common | {"x-piece": str(number), "x-sample-rate": str(rate)}, pcm)
         if sys.stdout.isatty():
             text, stable = answer["text"], answer["stable"]
-            print(f"{ERASE}{text[:stable]}{GREY}{text[stable:]}{PLAIN}", end="", flush=True)
+            first = max(len(text) - shutil.get_terminal_size().columns + 1, 0)  # what a line holds of it
+            print(f"{ERASE}{text[first:stable]}{GREY}{text[max(first, stable) :]}{PLAIN}", end="", flush=True)
         if stopped:
             break
     answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")

@@ -307,13 +307,16 @@ def test_json_of_any_depth_is_refused_and_the_worker_lives(server):
 # gRPC
 
 
-def grpc_call(server: Server, method: str, fields: dict[str, bytes], model: str = "emformer_asr") -> list[bytes]:
+def grpc_call(
+    server: Server, method: str, fields: dict[str, bytes], model: str = "emformer_asr", timeout: float = 60
+) -> list[bytes]:
     """Call TorchServe's inference service, without the code that is generated from its .proto file."""
     file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package="test", syntax="proto3")
     asked = file.message_type.add(name="PredictionsRequest")
     asked.field.add(name="model_name", number=1, type=9, label=1)
     asked.field.add(name="model_version", number=2, type=9, label=1)
     asked.field.add(name="input", number=3, type=11, label=3, type_name=".test.PredictionsRequest.InputEntry")
+    asked.field.add(name="sequence_id", number=4, type=9, label=1)
     entry = asked.nested_type.add(name="InputEntry")
     entry.options.map_entry = True
     entry.field.add(name="key", number=1, type=9, label=1)
@@ -322,12 +325,14 @@ def grpc_call(server: Server, method: str, fields: dict[str, bytes], model: str 
     messages = message_factory.GetMessages([file])
     config = serve.read_config(server.config)
     with grpc.insecure_channel(f"127.0.0.1:{config['grpc_inference_port']}") as channel:
-        call = (channel.unary_stream if method.startswith("Stream") else channel.unary_unary)(
+        kinds = {"Predictions": channel.unary_unary, "StreamPredictions": channel.unary_stream}
+        call = kinds.get(method, channel.stream_stream)(
             f"/org.pytorch.serve.grpc.inference.InferenceAPIsService/{method}",
             request_serializer=messages["test.PredictionsRequest"].SerializeToString,
             response_deserializer=messages["test.PredictionResponse"].FromString,
         )
-        answer = call(messages["test.PredictionsRequest"](model_name=model, input=fields), timeout=60)
+        request = messages["test.PredictionsRequest"](model_name=model, input=fields, sequence_id="grpc")
+        answer = call(iter([request]) if method == "StreamPredictions2" else request, timeout=timeout)
         return [part.prediction for part in (answer if method.startswith("Stream") else [answer])]
 
 

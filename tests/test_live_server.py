@@ -1,7 +1,10 @@
 """Live speech through TorchServe: each sequence gets its own text, whatever happens to the others."""
 
-import json
+import contextlib
+import os
+import pty
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +13,8 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+import grpc
+import psutil
 import pytest
 import requests
 from conftest import ROOT, SAMPLES, Server, transcripts
@@ -45,9 +50,9 @@ class Speaker:
     def __init__(self, server: Server, name: str | None = None) -> None:
         self.url, self.name, self.session = server.live_url, name or uuid.uuid4().hex, requests.Session()
 
-    def send(self, piece: int, pcm: bytes, last: bool = False, **others: str) -> requests.Response:
-        chosen = headers(self.name, piece, last, **others) | {"Content-Type": "application/octet-stream"}
-        return self.session.post(self.url, pcm, headers=chosen, timeout=30)
+    def send(self, piece: int, pcm: bytes, last: bool = False, timeout: float = 30) -> requests.Response:
+        chosen = headers(self.name, piece, last) | {"Content-Type": "application/octet-stream"}
+        return self.session.post(self.url, pcm, headers=chosen, timeout=timeout)
 
 
 def test_twenty_at_once_are_not_mixed_up_whatever_they_do(live, spoken):
@@ -153,9 +158,11 @@ def test_strange_names_are_refused_and_take_no_place(live, name):
 
 
 @pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
-def test_over_grpc_the_worker_lives_and_says_what_it_wants(live, method):
-    [answer] = grpc_call(live, method, {"data": bytes(5120)}, "emformer_asr_live")
-    assert json.loads(answer)["type"] == "NoSequence"
+def test_over_grpc_torchserve_answers_nothing_and_all_others_are_answered(live, method):
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError) as failure:
+            grpc_call(live, method, {"data": bytes(5120)}, "emformer_asr_live", timeout=2)
+        assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     answers = [Speaker(live).send(0, bytes(5120), last=True).status_code for _ in range(2 * WORKERS)]
     assert set(answers) == {200}
 
@@ -182,10 +189,65 @@ def test_the_client_prints_the_text(live):
     assert (said.returncode, said.stdout) == (0, "four seven two\n"), said.stderr
 
 
+def test_the_client_lets_the_text_grow_in_a_terminal(live):
+    command = [sys.executable, ROOT / "clients" / "live.py", SAMPLES / "three-digits.wav"]
+    terminal, inside = pty.openpty()
+    with subprocess.Popen(
+        [*command, "--server", live.url.removesuffix("/predictions/emformer_asr")], stdout=inside
+    ) as client:
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(terminal, 1000):
+                shown += part
+    assert client.returncode == 0
+    lines = [re.sub("\033\\[[0-9]*m", "", line) for line in shown.decode().split("\r\033[K")]
+    grown = list(dict.fromkeys(lines))
+    assert grown == ["", "four", "four seven", "four seven two", "four seven two\r\n"]
+
+
+MICROPHONE = """
+import os, signal, threading, time, wave
+class RawInputStream:
+    def __init__(self, rate, size, channels, dtype, callback):
+        assert (rate, channels, dtype) == (16_000, 1, "int16")
+        self.size, self.callback = size, callback
+    def __enter__(self):
+        threading.Thread(target=self.speak).start()
+    def __exit__(self, *_):
+        pass
+    def speak(self):
+        with wave.open(os.environ["SPEECH"]) as file:
+            while piece := file.readframes(self.size):
+                self.callback(bytearray(piece), self.size, None, None)
+                time.sleep(0.02)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(3):
+            self.callback(bytearray(2 * self.size), self.size, None, None)
+            time.sleep(0.1)
+"""
+
+
+def test_the_client_hears_the_microphone_until_ctrl_c(live, tmp_path):
+    """A module in place of the package sounddevice plays the sample, then presses Ctrl-C."""
+    (tmp_path / "sounddevice.py").write_text(MICROPHONE)
+    command = [
+        sys.executable,
+        ROOT / "clients" / "live.py",
+        "--server",
+        live.url.removesuffix("/predictions/emformer_asr"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "SPEECH": str(SAMPLES / "three-digits.wav")}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (said.returncode, said.stdout) == (0, "four seven two\n"), said.stderr
+
+
 def test_the_client_says_what_is_wrong(live, tmp_path):
     client = [sys.executable, ROOT / "clients" / "live.py"]
     for arguments, sentence in [
         ([SAMPLES / "three-digits.wav", "--server", "http://127.0.0.1:9"], "No server answers"),
+        ([SAMPLES / "three-digits.wav", "--server", "127.0.0.1:9"], "No server answers"),
         ([ROOT / "README.md"], "it is not 16-bit mono PCM"),
         ([tmp_path / "nothing.wav"], "cannot be read"),
     ]:
@@ -215,7 +277,8 @@ def test_open_sequences_are_counted(live):
     speaker.send(1, b"", last=True)
 
 
-def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_so(new_server, digits_pt, spoken):
+@pytest.mark.parametrize("how", ["killed", "by a call of StreamPredictions2"])
+def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_so(new_server, digits_pt, spoken, how):
     """TorchServe does not bring it back: a restart does, and the other worker's sequences go on until then."""
     server = new_server(digits_pt, live={})
     assert server.serve("start").returncode == 0
@@ -223,18 +286,21 @@ def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_
     [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
     speakers = [Speaker(server) for _ in range(8)]
     assert {speaker.send(0, pcm[:40_000]).status_code for speaker in speakers} == {200}
-    victim = requests.get(server.management_url + "/models/emformer_asr_live", timeout=30).json()[0]["workers"][0]
-    [process] = [each for each in server.processes() if each.pid == victim["pid"]]
-    process.kill()
-    process.wait(10)
+    model = requests.get(server.management_url + "/models/emformer_asr_live", timeout=30).json()[0]
+    workers = [psutil.Process(worker["pid"]) for worker in model["workers"]]
+    if how == "killed":
+        workers[0].kill()
+    else:
+        with contextlib.suppress(grpc.RpcError):
+            grpc_call(server, "StreamPredictions2", {"data": bytes(5120)}, "emformer_asr_live", timeout=10)
+    deadline = time.monotonic() + 5  # or the other one's sequences would be silent for too long
+    while all(worker.is_running() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
     def end(speaker: Speaker) -> str | None:
         try:
-            return (
-                speaker.session.post(speaker.url, pcm[40_000:], headers=headers(speaker.name, 1, True), timeout=10)
-                .json()
-                .get("text")
-            )
+            return speaker.send(1, pcm[40_000:], last=True, timeout=8).json()["text"]
         except requests.Timeout:
             return None
 
