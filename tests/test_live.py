@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLES, Worker, transcripts
-from torchaudio.models import emformer_rnnt_base
 from ts.context import Context, RequestProcessor
 
 import export_model
-from decoder import Decoder, with_precision
+from benchmarks import engine
 from handler import ModelHandler
 from live import Live
 
@@ -197,33 +196,34 @@ def test_many_at_once_get_what_each_gets_alone(tmp_path, strings, precision):
         assert len(together[name]["words"]) == len(alone[name]["words"])
 
 
-def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces():
-    """The 76.7 M architecture, random weights, against torchaudio's own search on the whole."""
-    torch.manual_seed(8)
-    model = emformer_rnnt_base(num_symbols=4097).eval()
-    model.joiner.linear.bias.data[4096] += 1.8
-    sizes, compared = random.Random(8), 0
-    engine = torch.jit.script(with_precision(Decoder(model, 4096), "fp32"))
-    with torch.inference_mode():
-        whole = [torch.randn(sizes.randint(20, 700), 80) for _ in range(6)]
-        expected = engine.decode(whole, 1)
-        streams, left = [engine.begin() for _ in whole], list(whole)
-        while any(len(each) for each in left):
-            new, ended = [], []
-            for i, each in enumerate(left):
-                size = min(sizes.randint(0, 300), len(each))
-                new.append(each[:size])
-                ended.append(0 < len(each) == size)
-                left[i] = each[size:]
-            before = [stream.beam.hypotheses[0][0] for stream in streams]
-            streams = engine.advance(streams, new, ended, 1)
-            for stream, tokens in zip(streams, before, strict=True):
-                assert stream.beam.hypotheses[0][0][: len(tokens)] == tokens
-        for stream, beam in zip(streams, expected, strict=True):
-            assert stream.beam.hypotheses[0][0] == beam.hypotheses[0][0]
-            assert stream.beam.frames == beam.frames
-            compared += len(beam.frames[0])
-    assert compared > 50
+def test_long_pieces_of_many_in_one_batch_give_what_the_whole_gives(digits_pt, worker, strings):
+    """As after a pause of the network; the encoder's windows get small then."""
+    live = LiveWorker(digits_pt, window_segments=16)
+    batch = [(headers(f"long-{number}", 0, True), pcm) for number, pcm in enumerate(strings[:30])]
+    for (status, answer), pcm in zip(live.answer(*batch), strings, strict=False):
+        assert status == 200
+        assert_same(worker, pcm, answer)
+
+
+@pytest.mark.parametrize("beam_width", [1, 4])
+def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces(tmp_path, worker, beam_width):
+    """The 76.7 M architecture with random weights, four voices at once, their pieces of any sizes."""
+    file = engine.save(engine.script(engine.stand_in(1.65), "fp32"), tmp_path / "emformer_rnnt.pt")
+    live, offline = LiveWorker(file, beam_width=beam_width), Worker(file, {"beam_width": beam_width})
+    names = ["sentence.wav", "three-digits.wav", "pin.webm", "telephone.wav"]
+    sounds = {name.split(".")[0]: pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes())) for name in names}
+    sizes, words = random.Random(76), 0
+    left = {name: list(enumerate(cut(pcm, sizes))) for name, pcm in sounds.items()}
+    while left:
+        pieces = [(name, *left[name].pop(0)) for name in left]
+        answers = live.answer(*((headers(name, number, not left[name]), pcm) for name, number, pcm in pieces))
+        for (status, answer), (name, *_) in zip(answers, pieces, strict=True):
+            assert (status, answer.get("sequence")) == (200, name), answer
+            if answer["final"]:
+                assert_same(offline, sounds[name], answer)
+                words += len(answer["words"])
+                del left[name]
+    assert words > 20
 
 
 # The answers to what is not the next piece
@@ -306,6 +306,23 @@ def test_a_silent_client_is_forgotten_and_told_so(digits_pt, monkeypatch):
     assert (status, error["type"]) == (410, "SequenceEnded") and "idle for more than 10 s" in error["message"]
     assert live.answer((headers("done", 1), SECOND))[0][0] == 410
     assert live.handler.live.sequences == {}
+
+
+def test_who_has_to_wait_for_a_long_batch_is_not_forgotten(digits_pt, monkeypatch):
+    live, now = LiveWorker(digits_pt), [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for name in ("slow", "waits"):
+        assert live.answer((headers(name, 0), SECOND))[0][0] == 200
+    advance = live.handler.live._advance
+    with monkeypatch.context() as busy:  # so many that they take a minute
+        busy.setattr(live.handler.live, "_advance", lambda *work: (advance(*work), now.append(now.pop() + 60))[0])
+        assert live.answer((headers("slow", 1), SECOND))[0][0] == 200
+    assert [status for status, _ in live.answer((headers("waits", 1), SECOND), (headers("slow", 2), SECOND))] == [
+        200,
+        200,
+    ]
+    now[0] += 11
+    assert live.answer((headers("waits", 2), SECOND))[0][0] == 410
 
 
 def test_when_all_places_are_taken_the_next_gets_503_until_one_is_free(digits_pt):

@@ -277,6 +277,19 @@ def test_open_sequences_are_counted(live):
     speaker.send(1, b"", last=True)
 
 
+@pytest.mark.parametrize("continuous", ["false", "true"])
+def test_only_with_continuous_batching_the_end_of_a_sequence_frees_its_place(new_server, digits_pt, continuous):
+    settings = {"continuousBatching": continuous, "sequenceMaxIdleMSec": int(1000 * IDLE)}
+    server = new_server(
+        digits_pt, live=settings | {"minWorkers": 1, "maxWorkers": 1, "maxNumSequence": 2, "batchSize": 2}
+    )
+    assert server.serve("start").returncode == 0
+    statuses = [Speaker(server).send(0, bytes(5120), last=True).status_code for _ in range(4)]
+    assert statuses == ([200, 200, 503, 503] if continuous == "false" else [200] * 4)
+    time.sleep(IDLE + 1)
+    assert Speaker(server).send(0, bytes(5120), last=True).status_code == 200
+
+
 @pytest.mark.parametrize("how", ["killed", "by a call of StreamPredictions2"])
 def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_so(new_server, digits_pt, spoken, how):
     """TorchServe does not bring it back: a restart does, and the other worker's sequences go on until then."""
