@@ -169,6 +169,16 @@ def test_a_refused_microphone_is_said(page, live_server):
         assert chrome.find_element(By.ID, "speak").text == "Speak"
 
 
+def test_a_microphone_that_goes_away_is_said_and_the_text_stays(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: text(chrome, "text") == TEXT)
+        chrome.execute_script("speaking.microphone.getTracks()[0].dispatchEvent(new Event('ended'))")
+        wait_for(chrome, lambda _: text(chrome, "status") == f"Transcript: {TEXT}")
+        wait_for(chrome, lambda _: chrome.find_element(By.ID, "speak").text == "Speak")
+        assert "microphone is gone" in text(chrome, "message") and text(chrome, "text") == TEXT
+
+
 def test_a_missing_microphone_is_said(page, live_server):
     with browser(page, base(live_server), "--use-fake-ui-for-media-stream") as chrome:
         chrome.find_element(By.ID, "speak").click()
