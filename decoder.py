@@ -284,13 +284,14 @@ class Path(NamedTuple):
     log_probs: torch.Tensor  # (frames, vocabulary)
 
 
-class Stream(NamedTuple):
-    """An utterance as far as it has been heard: what ``Decoder.advance`` goes on from, and never changes."""
-
-    features: torch.Tensor  # (T, 80) that wait for the rest of their segment or its right context
-    segments: int  # that are decoded
-    past: list[torch.Tensor]  # of the encoder, see ``Encoder.forward``, for a batch of 1
-    beam: Beam
+# An utterance as far as it has been heard: what ``Decoder.advance`` goes on from, and never changes. A plain tuple,
+# because TorchScript makes Python a new class for every named one that it returns: a fifth of the time of many streams.
+Stream = tuple[
+    torch.Tensor,  # features (T, 80) that wait for the rest of their segment or its right context
+    int,  # segments that are decoded
+    list[torch.Tensor],  # of the encoder, see ``Encoder.forward``, for a batch of 1
+    tuple[list[Hypothesis], list[list[int]], list[list[float]], int],  # what ``Beam`` names
+]
 
 
 class Decoder(torch.nn.Module):
@@ -401,7 +402,8 @@ class Decoder(torch.nn.Module):
     def begin(self) -> Stream:
         """The stream of an utterance of which nothing has been heard yet."""
         features = torch.empty(0, self.encoder.input_dim, device=self.predictor.embedding.weight.device)
-        return Stream(features, 0, self.encoder.empty_past(1), self._first_beam())
+        beam = self._first_beam()
+        return features, 0, self.encoder.empty_past(1), (beam.hypotheses, beam.frames, beam.log_probs, beam.searched)
 
     @torch.jit.export
     def advance(
@@ -423,13 +425,14 @@ class Decoder(torch.nn.Module):
             list[Stream]: the streams after that; ``streams`` are as they were.
         """
         encoder = self.encoder
-        waiting = [torch.cat([stream.features, new]) for stream, new in zip(streams, features)]  # noqa: B905
+        waiting = [torch.cat([stream[0], new]) for stream, new in zip(streams, features)]  # noqa: B905
         left: list[int] = []  # segments that can be computed
         for utterance, end in zip(waiting, ended):  # noqa: B905 (TorchScript)
             left.append(encoder.segments(utterance) if end else encoder.frames(utterance) // encoder.segment)
         done = [0] * len(streams)
-        pasts = [stream.past for stream in streams]
-        beams = [stream.beam for stream in streams]
+        numbers = [stream[1] for stream in streams]
+        pasts = [stream[2] for stream in streams]
+        beams = [Beam(stream[3][0], stream[3][1], stream[3][2], stream[3][3]) for stream in streams]
         while any([segments > 0 for segments in left]):
             group: list[int] = []
             for i in range(len(streams)):
@@ -437,7 +440,7 @@ class Decoder(torch.nn.Module):
                     group.append(i)
             count = min([left[i] for i in group] + [max(self.window_segments // len(group), 1)])
             rows = torch.stack([encoder.rows(waiting[i], done[i], done[i] + count) for i in group])
-            index = torch.tensor([streams[i].segments + done[i] for i in group], device=rows.device).unsqueeze(1)
+            index = torch.tensor([numbers[i] + done[i] for i in group], device=rows.device).unsqueeze(1)
             frames = torch.tensor(
                 [encoder.frames(waiting[i]) - done[i] * encoder.segment for i in group], device=rows.device
             ).unsqueeze(1)
@@ -453,9 +456,10 @@ class Decoder(torch.nn.Module):
                 done[i] += count
                 left[i] -= count
         advanced: list[Stream] = []
-        for i, stream in enumerate(streams):
+        for i, beam in enumerate(beams):
             rest = waiting[i][done[i] * encoder.segment * encoder.stride :].clone()
-            advanced.append(Stream(rest, stream.segments + done[i], pasts[i], beams[i]))
+            fields = (beam.hypotheses, beam.frames, beam.log_probs, beam.searched)
+            advanced.append((rest, numbers[i] + done[i], pasts[i], fields))
         return advanced
 
     def _unbatched(self, input: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ Settings come from the ``handler`` section of an archive's model-config.yaml, se
 import base64
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -156,6 +157,10 @@ class ModelHandler:
             from live import Live  # in the archive for live speech only
 
             self.live = Live(self, config)
+        # All that is here now stays. To look through it again and again would stop the worker for a tenth of a second
+        # and more, every few hundred pieces of live speech.
+        gc.collect()
+        gc.freeze()
         self.initialized = True
 
     @staticmethod

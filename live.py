@@ -45,7 +45,7 @@ class Sequence:
     """An utterance that is being spoken.
 
     Attributes:
-        stream (Stream): the engine's state, see decoder.py.
+        stream (Stream or None): the engine's state, see decoder.py; None when the sequence is over.
         rate (int): Hz, of its pieces.
         resampler (av.AudioResampler or None): to the model's rate, where that is another one.
         samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
@@ -55,7 +55,7 @@ class Sequence:
         used (float): time of the last request, in seconds.
     """
 
-    stream: object
+    stream: tuple | None
     rate: int
     resampler: av.AudioResampler | None
     samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
@@ -315,7 +315,7 @@ class Live:
 
     def _transcript(self, name: str, sequence: Sequence, number: int, last: bool) -> dict:
         """The answer to a piece."""
-        hypotheses, frames, log_probs, _ = sequence.stream.beam
+        _, _, _, (hypotheses, frames, log_probs, _) = sequence.stream
         tokens, text = hypotheses[0][0], self.handler.tokens_to_text
         agreed = 0  # tokens that all hypotheses share: every later one begins with them, too
         others = [hypothesis[0] for hypothesis in hypotheses]

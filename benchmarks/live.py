@@ -98,8 +98,8 @@ def memory(name: str, model: Path, pcm: bytes) -> None:
     for number, piece in enumerate(cut(pcm)[: round(30 / PIECE)]):
         worker.answer((headers("memory", number), piece))
     [sequence] = worker.handler.live.sequences.values()
-    tokens, *states, _ = sequence.stream.beam.hypotheses[0]
-    tensors = [sequence.samples, sequence.stream.features, *sequence.stream.past, states[0]]
+    features, _, past, ([(tokens, *states, _)], *_) = sequence.stream
+    tensors = [sequence.samples, features, *past, states[0]]
     tensors += [tensor for layer in states[1] for tensor in layer]
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     print(f"| {name} | {kept / 1e6:.2f} MB | {len(tokens)} |", flush=True)
