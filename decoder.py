@@ -237,6 +237,7 @@ class Beam(NamedTuple):
     frames: list[list[int]]  # of each hypothesis: the encoder frame at which each token was emitted
     log_probs: list[list[float]]  # of each hypothesis: the log-probability of each token there
     searched: int  # encoder frames so far
+    settled: int  # tokens that all of them begin with and that were taken out, see ``Decoder.advance``
 
 
 class PrefixTree:
@@ -284,13 +285,16 @@ class Path(NamedTuple):
     log_probs: torch.Tensor  # (frames, vocabulary)
 
 
+# Tokens without the leading blank, and of each its encoder frame and its log-probability.
+Tokens = tuple[list[int], list[int], list[float]]
 # An utterance as far as it has been heard: what ``Decoder.advance`` goes on from, and never changes. A plain tuple,
 # because TorchScript makes Python a new class for every named one that it returns: a fifth of the time of many streams.
 Stream = tuple[
     torch.Tensor,  # features (T, 80) that wait for the rest of their segment or its right context
     int,  # segments that are decoded
     list[torch.Tensor],  # of the encoder, see ``Encoder.forward``, for a batch of 1
-    tuple[list[Hypothesis], list[list[int]], list[list[float]], int],  # what ``Beam`` names
+    tuple[list[Hypothesis], list[list[int]], list[list[float]], int, int],  # what ``Beam`` names
+    Tokens,  # that have settled since the stream before
 ]
 
 
@@ -402,8 +406,7 @@ class Decoder(torch.nn.Module):
     def begin(self) -> Stream:
         """The stream of an utterance of which nothing has been heard yet."""
         features = torch.empty(0, self.encoder.input_dim, device=self.predictor.embedding.weight.device)
-        beam = self._first_beam()
-        return features, 0, self.encoder.empty_past(1), (beam.hypotheses, beam.frames, beam.log_probs, beam.searched)
+        return stream_of(features, 0, self.encoder.empty_past(1), self._first_beam())
 
     @torch.jit.export
     def advance(
@@ -412,7 +415,9 @@ class Decoder(torch.nn.Module):
         """Go on with many streams at once, as far as their features go.
 
         When a stream has ended, its beam is the one that ``decode`` gives for all its features, in whatever pieces
-        they came: a segment is computed when its right context is there, so it always sees the same.
+        they came: a segment is computed when its right context is there, so it always sees the same. What all
+        hypotheses agree on can never change again: it is told once and taken out of them, so that a stream costs no
+        more after an hour than at the beginning.
 
         Args:
             streams (list[Stream]): from ``begin`` or ``advance``.
@@ -432,7 +437,7 @@ class Decoder(torch.nn.Module):
         done = [0] * len(streams)
         numbers = [stream[1] for stream in streams]
         pasts = [stream[2] for stream in streams]
-        beams = [Beam(stream[3][0], stream[3][1], stream[3][2], stream[3][3]) for stream in streams]
+        beams = [Beam(stream[3][0], stream[3][1], stream[3][2], stream[3][3], stream[3][4]) for stream in streams]
         while any([segments > 0 for segments in left]):
             group: list[int] = []
             for i in range(len(streams)):
@@ -458,8 +463,7 @@ class Decoder(torch.nn.Module):
         advanced: list[Stream] = []
         for i, beam in enumerate(beams):
             rest = waiting[i][done[i] * encoder.segment * encoder.stride :].clone()
-            fields = (beam.hypotheses, beam.frames, beam.log_probs, beam.searched)
-            advanced.append((rest, numbers[i] + done[i], pasts[i], fields))
+            advanced.append(stream_of(rest, numbers[i] + done[i], pasts[i], beam))
         return advanced
 
     def _unbatched(self, input: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
@@ -531,13 +535,14 @@ class Decoder(torch.nn.Module):
         beat the ``beam_width``-th best ended path become the active paths, until there is none.
         """
         beam_width = min(beam_width, self.blank)
-        tree = PrefixTree(self.blank + 1, common_length(beam.hypotheses))
+        common = common_length(beam.hypotheses)
+        tree = PrefixTree(self.blank + 1, common + beam.settled)
         # The first ones stand for ``beam``'s hypotheses, with nothing before them.
         emissions: list[Emission] = []
         paths: list[Path] = []
         for tokens, output, state, score in beam.hypotheses:
             node = 0
-            for token in tokens[tree.lengths[0] :]:
+            for token in tokens[common:]:
                 node = tree.child(node, token)
             tree.outputs[node] = output[0]
             tree.states[node] = torch.stack([torch.cat(layer) for layer in state])
@@ -582,7 +587,7 @@ class Decoder(torch.nn.Module):
             hypotheses.append(self._hypothesis(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
             frames.append(beam.frames[last] + [beam.searched + emission.frame for emission in own])
             log_probs.append(beam.log_probs[last] + [emission.log_prob for emission in own])
-        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0))
+        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0), beam.settled)
 
     def _extended(
         self,
@@ -677,7 +682,25 @@ def beam_of(hypotheses: list[Hypothesis]) -> Beam:
     """A beam that begins with ``hypotheses``; where their tokens were emitted is not known."""
     frames = [torch.jit.annotate(list[int], []) for _ in hypotheses]
     log_probs = [torch.jit.annotate(list[float], []) for _ in hypotheses]
-    return Beam(hypotheses, frames, log_probs, 0)
+    return Beam(hypotheses, frames, log_probs, 0, 0)
+
+
+def stream_of(features: torch.Tensor, segments: int, past: list[torch.Tensor], beam: Beam) -> Stream:
+    """The stream with ``beam``, out of whose hypotheses what they agree on is taken: tokens and frames."""
+    best, best_frames, best_log_probs = beam.hypotheses[0][0], beam.frames[0], beam.log_probs[0]
+    count = len(best_frames)
+    for hypothesis, frames in zip(beam.hypotheses, beam.frames):  # noqa: B905 (TorchScript)
+        same = 0
+        while same < min(count, len(frames)):
+            if hypothesis[0][same + 1] != best[same + 1] or frames[same] != best_frames[same]:
+                break
+            same += 1
+        count = same
+    settled = (best[1 : count + 1], best_frames[:count], best_log_probs[:count])
+    hypotheses = [(h[0][:1] + h[0][count + 1 :], h[1], h[2], h[3]) for h in beam.hypotheses]
+    frames = [each[count:] for each in beam.frames]
+    log_probs = [each[count:] for each in beam.log_probs]
+    return features, segments, past, (hypotheses, frames, log_probs, beam.searched, beam.settled + count), settled
 
 
 def with_score(path: Path, score: float) -> Path:

@@ -15,7 +15,9 @@ sound in one request, token for token (at fp32), whatever the sizes of the piece
 """
 
 import dataclasses
+import itertools
 import logging
+import os
 import re
 import time
 from collections import Counter
@@ -28,12 +30,14 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 logger = logging.getLogger(__name__)
 
-SEQUENCE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NUMBER = re.compile(r"[0-9]{1,9}")
 SAMPLE_RATES = (8_000, 192_000)  # Hz
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
-# TorchServe keeps a sequence's place in a worker until it is idle for too long, unless an answer has this header.
-SEQUENCE_END = "ts_request_sequence_end"
+TOGETHER = 60  # seconds of sound whose features are extracted in one call: more takes hundreds of megabytes
+# TorchServe finds a sequence's name in this request header. It keeps the sequence's place in a worker until it is idle for
+# too long, unless an answer has the other one: then the place is free at once, and what still waits for it is lost.
+SEQUENCE_ID, SEQUENCE_END = "ts_request_sequence_id", "ts_request_sequence_end"
 # Ids of sequences that are over, remembered so that a late piece is told so.
 REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
@@ -50,6 +54,8 @@ class Sequence:
         resampler (av.AudioResampler or None): to the model's rate, where that is another one.
         samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
         heard (int): samples so far, at the model's rate.
+        tokens, frames, log_probs (list): what has settled, see ``Decoder.advance``.
+        text (str): of these tokens, with a leading space.
         piece (int): the last piece's number.
         answer (dict): to that piece.
         used (float): time of the last request, in seconds.
@@ -60,6 +66,10 @@ class Sequence:
     resampler: av.AudioResampler | None
     samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     heard: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    frames: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    text: str = ""
     piece: int = -1
     answer: dict = dataclasses.field(default_factory=dict)
     used: float = 0.0
@@ -73,7 +83,7 @@ class Live:
         config (dict): the archive's model-config.yaml; ``sequenceMaxIdleMSec`` is read.
 
     Raises:
-        ValueError: the model file is not one of export_model.py's, or too old.
+        ValueError: the model file is not one of export_model.py's, or too old; the config has no such line.
     """
 
     def __init__(self, handler, config: dict) -> None:
@@ -83,10 +93,13 @@ class Live:
         self.request_error = handler.RequestError
         self.beam_width: int = handler.settings["beam_width"]
         self.max_sequences: int = handler.settings["max_sequences"]
+        if not isinstance(config.get("sequenceMaxIdleMSec"), int):
+            raise ValueError("model-config.yaml: sequenceBatching needs sequenceMaxIdleMSec, a number of milliseconds.")
         self.max_idle = config["sequenceMaxIdleMSec"] / 1000  # seconds
         self.sequences: dict[str, Sequence] = {}
         self.over: dict[str, str] = {}  # id -> why
         self.lasted = 0.0  # seconds, the batch before
+        self.nothing = torch.empty(0, self.model.encoder.input_dim)
         # A frame is made of the samples around its hop, as far as ``reach`` to both sides, which ``margin`` whole hops
         # hold.
         self.hop, self.reach = handler.hop_samples, handler.window_samples // 2
@@ -120,20 +133,25 @@ class Live:
             # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
             later, named, pieces = [], set(), {}
             for index in todo:
-                headers = context.get_all_request_header(index).items()
-                headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
-                name = headers.get("ts_request_sequence_id", "")
+                given = context.get_all_request_header(index)
+                headers = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
+                name = given.get(SEQUENCE_ID, "")  # TorchServe makes one up if it does not find the header
                 if name in named:
                     later.append(index)
                     continue
                 named.add(name)
                 try:
+                    if sum(header.lower() == SEQUENCE_ID for header in given) > 1:
+                        message = f"Write the header {SEQUENCE_ID} in lower case: TorchServe does not see it otherwise."
+                        raise self.request_error(HTTPStatus.BAD_REQUEST, "NoSequence", message)
                     piece = self._piece(name, headers, data[index])
                 except Exception as error:
                     answers[index] = self._error(index, context, name, error)
                     continue
-                if piece is None:  # repeated
+                if piece is None:
                     answers[index] = self._answer(index, context, name)
+                    if int(headers["x-piece"]) > self.sequences[name].piece:
+                        context.set_response_header(index, SEQUENCE_END, name)
                 else:
                     pieces[index] = (name, *piece)
             work = [(self.sequences[name], new, last) for name, new, last, _ in pieces.values()]
@@ -155,21 +173,22 @@ class Live:
         measure(context, "asr_batch_size", len(data))
         for step in ("features", "engine", "handler"):
             measure(context, f"asr_{step}_seconds", spent[step])
-        measure(context, "asr_open_sequences", self._open(), MetricTypes.GAUGE)
+        measure(context, "asr_open_sequences", self._open(), MetricTypes.GAUGE, Process=str(os.getpid()))
         self.lasted = time.monotonic() - begun
         return answers
 
     # From requests to samples
 
     def _piece(self, name: str, headers: dict[str, str], request: dict) -> tuple[torch.Tensor, bool, int] | None:
-        """A request's new samples, whether they are the last ones, and the piece's number; None if it is repeated.
+        """A request's new samples, whether they are the last ones, and the piece's number.
 
-        Opens the sequence with piece 0.
+        None if it is to be answered as the one before: if it is repeated, or empty and behind the last. Opens the
+        sequence with piece 0.
 
         Raises:
             RequestError: the request is wrong, or not the one that is expected now.
         """
-        if not SEQUENCE_ID.fullmatch(name):
+        if not NAME.fullmatch(name):
             message = "The header ts_request_sequence_id must name the utterance: 1 to 64 letters, digits, _ or -."
             raise self.request_error(HTTPStatus.BAD_REQUEST, "NoSequence", message)
         number = headers.get("x-piece", "")
@@ -194,6 +213,8 @@ class Live:
             if number <= sequence.piece:
                 return None
             if sequence.answer["final"]:
+                if number == sequence.piece + 1 and not len(self._pcm(request)):
+                    return None
                 message = f"The sequence ended with piece {sequence.piece}: begin another one, under another name."
                 raise self.request_error(HTTPStatus.GONE, "SequenceEnded", message)
             if number > sequence.piece + 1:
@@ -223,7 +244,7 @@ class Live:
 
     def _pcm(self, request: dict) -> np.ndarray:
         """The samples (n,), int16, in a request's body."""
-        body = next((request[name] for name in ("body", "data") if name in request), b"")
+        body = next((request[name] for name in ("body", "data") if name in request), None if request else b"")
         if not isinstance(body, bytes | bytearray) or len(body) % 2:
             message = "The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream."
             raise self.request_error(HTTPStatus.BAD_REQUEST, "NotPCM", message)
@@ -282,7 +303,7 @@ class Live:
 
         torchaudio's extractor centres a frame on every hop and mirrors the samples at both ends of what it is given.
         Here they are mirrored at the utterance's own ends, and between them a frame waits until the last of its samples
-        has come. All sequences' samples stand behind each other in one call: frames that would mix two are not used.
+        has come. Many sequences' samples stand behind each other in one call: frames that would mix two are not used.
         """
         chunks, counts = [], []
         for sequence, new, last in work:
@@ -301,48 +322,56 @@ class Live:
             sequence.samples = samples[count * self.hop :].clone()
             chunks.append(torch.nn.functional.pad(samples, (0, -len(samples) % self.hop)) if count else samples[:0])
             counts.append(count)
-        if not any(counts):
-            nothing = torch.empty(0, self.model.encoder.input_dim)
-            return [nothing] * len(work)
-        everything, _ = self.handler.extract_features(torch.cat(chunks))
-        features, begin = [], self.margin // self.hop
-        for (_, _, last), chunk, count in zip(work, chunks, counts, strict=True):
-            own = everything[begin : begin + count] if count else everything[:0]
-            # The last frames of the whole are its right context.
-            features.append(torch.cat([own, everything[-self.handler.right_context :]]) if last else own)
-            begin += len(chunk) // self.hop
+        features, ends = [], list(itertools.accumulate(map(len, chunks)))
+        for _, places in itertools.groupby(
+            range(len(work)), lambda i: ends[i] // (TOGETHER * self.handler.sample_rate)
+        ):
+            group, begin = list(places), self.margin // self.hop
+            samples = torch.cat([chunks[i] for i in group])
+            everything = self.handler.extract_features(samples)[0] if len(samples) else self.nothing
+            for i in group:
+                own = everything[begin : begin + counts[i]] if counts[i] else self.nothing
+                # The last frames of the whole are its right context.
+                features.append(torch.cat([own, everything[-self.handler.right_context :]]) if work[i][2] else own)
+                begin += len(chunks[i]) // self.hop
         return features
 
     def _transcript(self, name: str, sequence: Sequence, number: int, last: bool) -> dict:
         """The answer to a piece."""
-        _, _, _, (hypotheses, frames, log_probs, _) = sequence.stream
-        tokens, text = hypotheses[0][0], self.handler.tokens_to_text
-        agreed = 0  # tokens that all hypotheses share: every later one begins with them, too
-        others = [hypothesis[0] for hypothesis in hypotheses]
-        for ranked in zip(*others, strict=False):
+        _, _, _, (hypotheses, frames, log_probs, _, _), (settled, settled_frames, settled_log_probs) = sequence.stream
+        blank, best = hypotheses[0][0][:1], hypotheses[0][0][1:]
+
+        def text(tokens: list[int]) -> str:
+            return self.handler.tokens_to_text(blank + tokens, lstrip=False)
+
+        sequence.tokens += settled
+        sequence.frames += settled_frames
+        sequence.log_probs += settled_log_probs
+        sequence.text += text(settled)
+        agreed = 0  # more tokens that all hypotheses share: every later one begins with them, too
+        for ranked in zip(*(hypothesis[0][1:] for hypothesis in hypotheses), strict=False):
             if len(set(ranked)) > 1:
                 break
             agreed += 1
-        transcript = text(tokens)
-        stable = len(transcript) if last or agreed == len(tokens) else len(text(tokens[:agreed]))
+        transcript = (sequence.text + text(best)).lstrip()
+        stable = len(transcript) if last else len((sequence.text + text(best[:agreed])).lstrip())
         answer = {"sequence": name, "piece": number, "text": transcript, "stable": stable, "final": last, "words": []}
         if last:
             duration = sequence.heard / self.handler.sample_rate
-            words = self.handler._words(tokens, hypotheses[0][3], frames[0], log_probs[0], duration)
+            emitted = (sequence.frames + frames[0], sequence.log_probs + log_probs[0])
+            words = self.handler._words(blank + sequence.tokens + best, hypotheses[0][3], *emitted, duration)
             names = ("word", "start", "end", "probability")
             answer["words"] = [{key: word[key] for key in names} for word in words]
-            sequence.stream, sequence.samples, sequence.resampler = None, torch.empty(0), None
+            sequence.stream = sequence.resampler = None  # nothing but the answer is kept
+            sequence.samples, sequence.tokens, sequence.frames, sequence.log_probs = torch.empty(0), [], [], []
         return answer
 
     # What becomes of a sequence
 
     def _answer(self, index: int, context, name: str) -> dict:
-        answer = self.sequences[name].answer
-        if answer["final"]:
-            context.set_response_header(index, SEQUENCE_END, name)
         context.set_response_content_type(index, "application/json")
         self.handler._measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
-        return answer
+        return self.sequences[name].answer
 
     def _error(self, index: int, context, name: str, error: Exception) -> dict:
         if name in self.sequences and not isinstance(error, self.request_error):

@@ -98,11 +98,11 @@ def memory(name: str, model: Path, pcm: bytes) -> None:
     for number, piece in enumerate(cut(pcm)[: round(30 / PIECE)]):
         worker.answer((headers("memory", number), piece))
     [sequence] = worker.handler.live.sequences.values()
-    features, _, past, ([(tokens, *states, _)], *_) = sequence.stream
+    features, _, past, ([(_, *states, _)], *_), _ = sequence.stream
     tensors = [sequence.samples, features, *past, states[0]]
     tensors += [tensor for layer in states[1] for tensor in layer]
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    print(f"| {name} | {kept / 1e6:.2f} MB | {len(tokens)} |", flush=True)
+    print(f"| {name} | {kept / 1e6:.2f} MB | {len(sequence.tokens)} |", flush=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import statistics
 import time
 import wave
 from http import HTTPStatus
@@ -293,9 +294,36 @@ def test_a_missing_piece_is_asked_for_and_the_sequence_goes_on(live):
 
 def test_after_the_end_there_is_no_piece(live):
     assert live.answer((headers("ended", 0, True), SECOND))[0][0] == 200
-    assert live.ends()
+    assert not live.ends()
     [(status, error)] = live.answer((headers("ended", 1), SECOND))
     assert (status, error["type"]) == (410, "SequenceEnded")
+    assert live.ends()
+
+
+def test_the_last_piece_may_be_sent_again_until_the_client_says_that_it_has_the_answer(live):
+    [(_, answer)] = live.answer((headers("kept", 0, True), SECOND))
+    for _ in range(3):
+        assert live.answer((headers("kept", 0, True), SECOND)) == [(200, answer)]
+        assert not live.ends()
+    for name, piece in (("kept", 1), ("kept", 0)):
+        assert live.answer((headers(name, piece), b"")) == [(200, answer)]
+        assert live.ends() == (piece == 1)
+
+
+@pytest.mark.parametrize("header", ["Ts_request_sequence_id", "TS_REQUEST_SEQUENCE_ID", "Ts_Request_Sequence_Id"])
+def test_a_header_that_torchserve_overlooks_is_refused(live, header):
+    """TorchServe then makes up a name, which the client never sent."""
+    sent = headers("ts-seq-made-up", 0) | {header: "mine"}
+    [(status, error)] = live.answer((sent, SECOND))
+    assert (status, error["type"]) == (400, "NoSequence") and "lower case" in error["message"]
+    assert live.context.get_response_headers(0)["ts_request_sequence_end"] == "ts-seq-made-up"
+
+
+def test_a_form_without_the_sound_is_refused(live):
+    live.context.request_processor = [RequestProcessor(headers("form", 0, True))]
+    live.context.request_ids = {0: "0"}
+    [error] = live.handler.handle([{"file": bytearray(SECOND)}], live.context)
+    assert (error["code"], error["type"]) == (400, "NotPCM")
 
 
 def test_a_silent_client_is_forgotten_and_told_so(digits_pt, monkeypatch):
@@ -346,11 +374,27 @@ def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, 
     pcm = strings[4][:64_000]
     live.answer((headers("good", 0), pcm[:32_000]), (headers("bad", 0), pcm[:32_000]))
     bad = live.handler.live.sequences["bad"]
-    bad.stream = (*bad.stream[:2], [], bad.stream[3])
+    bad.stream = (*bad.stream[:2], [], *bad.stream[3:])
     good, failed = live.answer((headers("good", 1, True), pcm[32_000:]), (headers("bad", 1), pcm[32_000:]))
     assert (good[0], failed[0], failed[1]["type"]) == (200, 500, "InternalError")
     assert_same(worker, pcm, good[1])
     assert live.answer((headers("bad", 2), SECOND))[0][0] == 410
+
+
+@pytest.mark.parametrize("beam_width", [1, 4])
+def test_what_has_settled_is_not_carried_along(digits_pt, worker, strings, beam_width):
+    """Each hypothesis holds the last few words only, however long the sound; the answer has all."""
+    live, offline = LiveWorker(digits_pt, beam_width=beam_width), Worker(digits_pt, {"beam_width": beam_width})
+    pcm, carried = b"".join(strings[:12]), []
+    pieces = [pcm[i : i + 20_000] for i in range(0, len(pcm), 20_000)]
+    for number, piece in enumerate(pieces):
+        [(status, answer)] = live.answer((headers(f"settled-{beam_width}", number, number == len(pieces) - 1), piece))
+        assert status == 200
+        if not answer["final"]:
+            _, _, _, (hypotheses, *_), _ = live.handler.live.sequences[f"settled-{beam_width}"].stream
+            carried.append(max(len(hypothesis[0]) for hypothesis in hypotheses))
+    assert_same(offline, pcm, answer)
+    assert len(answer["words"]) > 60 and statistics.median(carried) < 20
 
 
 def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
@@ -358,7 +402,7 @@ def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
     for number in range(60):
         live.answer((headers("memory", number), SECOND))
         sequence = live.handler.live.sequences["memory"]
-        features, _, past, _ = sequence.stream
+        features, _, past, *_ = sequence.stream
         tensors = [sequence.samples, features, *past]
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
     assert max(kept[1:]) < 1.01 * max(kept[:5]) and max(kept) < 1_000_000
