@@ -21,7 +21,7 @@ run: model_store/emformer_asr.mar
 
 run-live: model_store/emformer_asr.mar model_store/emformer_asr_live.mar build/config-live.properties
 	@$(BIN)/python serve.py start --live --config build/config-live.properties
-	@$(BIN)/python clients/live.py sample_audio/three-digits.wav --server "$$(sed -n 's/^inference_address=//p' config.properties)"
+	@$(BIN)/python serve.py samples --live
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ NUMBER = re.compile(r"[0-9]{1,9}")
 SAMPLE_RATES = (8_000, 192_000)  # Hz
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
 TOGETHER = 60  # seconds of sound whose features are extracted in one call: more takes hundreds of megabytes
-# TorchServe finds a sequence's name in this request header. It keeps the sequence's place in a worker until it is idle for
-# too long, unless an answer has the other one: then the place is free at once, and what still waits for it is lost.
+# TorchServe finds a sequence's name in this request header. It keeps its place in a worker until it is idle for too
+# long, unless an answer has the other one: then the place is free at once, and what still waits for it is lost.
 SEQUENCE_ID, SEQUENCE_END = "ts_request_sequence_id", "ts_request_sequence_end"
 # Ids of sequences that are over, remembered so that a late piece is told so.
 REMEMBERED = 10_000
@@ -322,10 +322,9 @@ class Live:
             sequence.samples = samples[count * self.hop :].clone()
             chunks.append(torch.nn.functional.pad(samples, (0, -len(samples) % self.hop)) if count else samples[:0])
             counts.append(count)
-        features, ends = [], list(itertools.accumulate(map(len, chunks)))
-        for _, places in itertools.groupby(
-            range(len(work)), lambda i: ends[i] // (TOGETHER * self.handler.sample_rate)
-        ):
+        features, most = [], TOGETHER * self.handler.sample_rate
+        ends = list(itertools.accumulate(map(len, chunks)))
+        for _, places in itertools.groupby(range(len(work)), lambda i: ends[i] // most):
             group, begin = list(places), self.margin // self.hop
             samples = torch.cat([chunks[i] for i in group])
             everything = self.handler.extract_features(samples)[0] if len(samples) else self.nothing

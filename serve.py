@@ -2,7 +2,7 @@
 
     python serve.py start        # with config.properties and model_store/emformer_asr.mar
     python serve.py start --live # and beside it the archive for live speech, for the page clients/live.html
-    python serve.py samples      # send sample_audio/ to it
+    python serve.py samples      # send sample_audio/ to it; with --live, a file at the speed of speech
     python serve.py health       # whether workers are ready; exits with 1 if not
     python serve.py stop
 
@@ -223,14 +223,18 @@ def stop() -> None:
     print("TorchServe has stopped.")
 
 
-def samples(config_path: Path, model: str) -> None:
-    """Send the samples for ``model`` one by one; print each file with its transcript.
+def samples(config_path: Path, model: str, live: bool) -> None:
+    """Send the samples for ``model`` one by one; print each file with its transcript. Live: one, to the live model.
 
     Raises:
         SystemExit: the server does not answer one of them with a transcript.
     """
-    url = f"{read_config(config_path)['inference_address']}/predictions/{MODEL_NAME}"
-    folder = HERE / "sample_audio"
+    address, folder = read_config(config_path)["inference_address"], HERE / "sample_audio"
+    if live:
+        client = [sys.executable, HERE / "clients" / "live.py", folder / "three-digits.wav", "--server", address]
+        token = [value.removeprefix("Bearer ") for value in authorisation("inference").values()]
+        sys.exit(subprocess.run([*client, *(["--token", *token] if token else [])]).returncode)
+    url = f"{address}/predictions/{MODEL_NAME}"
     with (folder / "transcripts.tsv").open() as table:
         files = [row["file"] for row in csv.DictReader(table, delimiter="\t") if row["model"] == model]
     headers = authorisation("inference")
@@ -261,7 +265,7 @@ def main() -> None:
     if args.command == "start":
         start(args.config, args.model_store, args.logs, args.live)
     elif args.command == "samples":
-        samples(args.config, args.model)
+        samples(args.config, args.model, args.live)
     elif args.command == "health":
         health(args.config, args.live)
     else:

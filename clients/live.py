@@ -7,6 +7,7 @@ What may still change is in grey.
 """
 
 import argparse
+import contextlib
 import queue
 import shutil
 import signal
@@ -55,15 +56,15 @@ def microphone_pieces(rate: int = 16_000) -> Iterator[tuple[int, bytes]]:
 
 
 def send(session: requests.Session, url: str, headers: dict[str, str], pcm: bytes) -> dict:
-    """One piece; sent again if the connection breaks, for a repeated piece does not count twice."""
+    """One piece; sent again if the connection breaks: it does not count twice. After a time-out its worker has died."""
     for pause in (0.2, 0.5, 1.0, None):
         try:
             response = session.post(url, pcm, headers=headers, timeout=10)
             if response.ok:
                 return response.json()
-            sys.exit(f"\nThe server says {response.status_code}: {response.json()['message']}")
+            message = response.json()["message"] if response.content else response.reason
+            sys.exit(f"\nThe server says {response.status_code}: {message}")
         except requests.RequestException as error:
-            # After a time-out not again: its worker has died, and what that had heard is lost.
             if pause is None or not isinstance(error, requests.ConnectionError):
                 break
             time.sleep(pause)
@@ -74,10 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="a WAV file, 16-bit mono PCM; without it the microphone")
     parser.add_argument("--server", default="http://127.0.0.1:8080")
+    parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
     args = parser.parse_args()
     url, session, number, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1, []
     common = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))  # Ctrl-C ends the sound, not the program
+    common |= {"Authorization": f"Bearer {args.token}"} if args.token else {}
+    # Ctrl-C ends the sound, and a second one the program.
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     for number, (rate, pcm) in enumerate(file_pieces(args.file) if args.file else microphone_pieces()):
         answer = send(session, url, common | {"x-piece": str(number), "x-sample-rate": str(rate)}, pcm)
         if sys.stdout.isatty():
@@ -87,7 +91,9 @@ def main() -> None:
         if stopped:
             break
     answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")
-    print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}")
+    print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}", flush=True)
+    with contextlib.suppress(requests.RequestException):  # says that the answer is here and need not be kept
+        session.post(url, b"", headers=common | {"x-piece": str(number + 2)}, timeout=1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import http.server
 import shutil
 import threading
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,71 @@ def test_a_microphone_that_goes_away_is_said_and_the_text_stays(page, live_serve
         assert "microphone is gone" in text(chrome, "message") and text(chrome, "text") == TEXT
 
 
+# Answers come late, as over a slow network: by as many milliseconds as ``delays`` has next, 0 when it is empty.
+SLOW = """
+    const real = window.fetch;
+    [window.delays, window.sent] = [arguments[0], []];
+    window.fetch = async (url, request) => {
+      sent.push({ samples: request.body.length, headers: request.headers });
+      const delay = delays.shift() ?? 0, answer = await real(url, request);
+      await new Promise((resolve) => setTimeout(resolve, delay));
+      return answer;
+    };"""
+
+
+def test_after_stop_nothing_is_recorded_any_more(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        chrome.execute_script(SLOW, [3000, 3000])
+        button = chrome.find_element(By.ID, "speak")
+        button.click()
+        wait_for(chrome, lambda _: button.text == "Stop")
+        begun = time.monotonic()
+        chrome.execute_script("window.track = speaking.microphone.getTracks()[0]")
+        time.sleep(1)
+        button.click()
+        spoken = time.monotonic() - begun
+        wait_for(chrome, lambda _: chrome.execute_script("return track.readyState") == "ended", seconds=2)
+        assert button.text == "Finishing\N{HORIZONTAL ELLIPSIS}"
+        wait_for(chrome, lambda _: button.text == "Speak")
+        sent = chrome.execute_script("return sent.reduce((sum, { samples }) => sum + samples, 0)")
+        assert 0.5 < sent / 16_000 < spoken + 1
+
+
+def test_a_microphone_that_cannot_be_used_is_given_back(page, live_server, speech):
+    with browser(page, base(live_server), *microphone(speech)) as chrome:
+        chrome.execute_script("""
+            window.AudioWorkletNode = function () { throw new Error("no such thing"); };
+            const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+            navigator.mediaDevices.getUserMedia = async (options) => (window.given = await ask(options));""")
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "does not work: no such thing" in text(chrome, "message"))
+        assert chrome.execute_script("return given.getTracks().map((track) => track.readyState)") == ["ended"]
+        assert chrome.find_element(By.ID, "speak").text == "Speak"
+
+
+def test_of_two_files_the_later_one_is_shown(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        chrome.execute_script(SLOW, [3000])
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "three-digits.wav"))
+        wait_for(chrome, lambda _: text(chrome, "transcript") == TEXT)
+        wait_for(chrome, lambda _: chrome.execute_script("return sent.length") == 6)
+        time.sleep(0.5)
+        links = chrome.find_elements(By.CSS_SELECTOR, "#links a")
+        assert [link.get_property("download") for link in links] == ["three-digits.vtt", "three-digits.srt"]
+        assert text(chrome, "transcript") == TEXT
+
+
+def test_a_token_goes_with_every_request(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        chrome.find_element(By.ID, "token").send_keys("secret")
+        chrome.execute_script(SLOW, [])
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
+        wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
+        sent = chrome.execute_script("return sent.map(({ headers }) => headers.Authorization)")
+        assert sent == ["Bearer secret"] * 3
+
+
 def test_a_missing_microphone_is_said(page, live_server):
     with browser(page, base(live_server), "--use-fake-ui-for-media-stream") as chrome:
         chrome.find_element(By.ID, "speak").click()
@@ -206,6 +272,8 @@ def test_a_page_from_elsewhere_gets_nothing(page, live_server):
 def test_the_keyboard_is_enough(page, live_server, speech):
     with browser(page, base(live_server), *microphone(speech)) as chrome:
         chrome.switch_to.active_element.send_keys(Keys.TAB)  # from the server's field
+        assert chrome.switch_to.active_element.get_property("id") == "token"
+        chrome.switch_to.active_element.send_keys(Keys.TAB)
         assert chrome.switch_to.active_element.get_property("id") == "speak"
         chrome.switch_to.active_element.send_keys(Keys.ENTER)
         wait_for(chrome, lambda _: text(chrome, "text") == TEXT)
