@@ -92,6 +92,32 @@ def test_twenty_at_once_are_not_mixed_up_whatever_they_do(live, spoken):
             done.result()
 
 
+def test_the_last_piece_too_may_be_sent_again_one_after_the_other_or_at_once(live, spoken):
+    [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
+    for _ in range(5):
+        speaker = Speaker(live)
+        assert speaker.send(0, pcm[:40_000]).status_code == 200
+        with ThreadPoolExecutor(3) as pool:
+            ends = list(pool.map(lambda name: Speaker(live, name).send(1, pcm[40_000:], last=True), [speaker.name] * 3))
+        ends += [speaker.send(1, pcm[40_000:], last=True) for _ in range(2)]
+        ends += [speaker.send(2, b"")]  # the client has it; the place is free
+        assert [(end.status_code, end.json()["text"], end.json()["final"]) for end in ends] == 6 * [(200, text, True)]
+
+
+@pytest.mark.parametrize("spelling", ["Ts_request_sequence_id", "TS_REQUEST_SEQUENCE_ID"])
+def test_a_name_in_a_header_that_torchserve_overlooks_is_refused(live, spelling):
+    sent = {spelling: "mine", "x-piece": "0", "Content-Type": "application/octet-stream"}
+    answer = requests.post(live.live_url, bytes(5120), headers=sent, timeout=30)
+    assert (answer.status_code, answer.json()["type"]) == (400, "NoSequence")
+    assert "lower case" in answer.json()["message"]
+
+
+def test_a_form_without_the_sound_is_refused(live):
+    speaker = Speaker(live)
+    answer = requests.post(speaker.url, files={"file": bytes(5120)}, headers=headers(speaker.name, 0), timeout=30)
+    assert (answer.status_code, answer.json()["type"]) == (400, "NotPCM")
+
+
 def test_one_that_hangs_up_before_its_answer_may_come_back(live, spoken):
     [(text, pcm)] = [(text, pcm) for text, pcm in spoken.items() if text == "four seven two"]
     speaker, address = Speaker(live), urlsplit(live.live_url)
@@ -128,7 +154,7 @@ def test_when_all_places_are_taken_the_next_gets_503_and_those_inside_go_on(live
         assert {answer.status_code for answer in opened} == {200, 503}
         ended = pool.map(lambda speaker: speaker.send(1, pcm[20_000:], last=True), inside)
         assert {answer.json()["text"] for answer in ended} == {text}
-    assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200  # at once: the end frees a place
+    assert Speaker(live).send(0, bytes(5120), last=True).status_code == 200  # at once: who has ended takes no place
 
 
 def test_without_a_name_torchserve_gives_one_that_the_answer_tells(live, spoken):
@@ -265,16 +291,18 @@ def test_only_the_page_s_origin_is_allowed_by_cors(live):
         assert other.headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:8000"  # which a browser refuses
 
 
-def test_open_sequences_are_counted(live):
-    speaker = Speaker(live)
-    speaker.send(0, bytes(5120))
-    metrics = requests.get(live.metrics_url, timeout=30).text
-    deadline = time.monotonic() + 20
-    while "\nasr_open_sequences{" not in metrics:
-        assert time.monotonic() < deadline
+def test_open_sequences_are_counted_for_each_worker(live):
+    time.sleep(IDLE + 0.5)
+    speakers, open_now, deadline = [Speaker(live) for _ in range(6)], [], time.monotonic() + 20
+    for speaker in speakers:
+        assert speaker.send(0, bytes(5120)).status_code == 200
+    while sorted(open_now) != [3, 3]:
+        assert time.monotonic() < deadline, open_now
         time.sleep(0.2)
         metrics = requests.get(live.metrics_url, timeout=30).text
-    speaker.send(1, b"", last=True)
+        open_now = [float(value) for value in re.findall(r"^asr_open_sequences\{.*\} (\S+)$", metrics, flags=re.M)]
+    for speaker in speakers:
+        speaker.send(1, b"", last=True)
 
 
 @pytest.mark.parametrize("continuous", ["false", "true"])
@@ -284,7 +312,10 @@ def test_only_with_continuous_batching_the_end_of_a_sequence_frees_its_place(new
         digits_pt, live=settings | {"minWorkers": 1, "maxWorkers": 1, "maxNumSequence": 2, "batchSize": 2}
     )
     assert server.serve("start").returncode == 0
-    statuses = [Speaker(server).send(0, bytes(5120), last=True).status_code for _ in range(4)]
+    statuses = []
+    for speaker in [Speaker(server) for _ in range(4)]:
+        statuses.append(speaker.send(0, bytes(5120), last=True).status_code)
+        speaker.send(1, b"")
     assert statuses == ([200, 200, 503, 503] if continuous == "false" else [200] * 4)
     time.sleep(IDLE + 1)
     assert Speaker(server).send(0, bytes(5120), last=True).status_code == 200
