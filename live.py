@@ -6,7 +6,7 @@ a POST of raw 16-bit little-endian mono PCM with these request headers:
 
     ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
     x-piece                  the piece's number, from 0
-    x-last-piece             true with the last piece
+    x-last-piece             true with the last piece; one more, empty one says that its answer has come
     x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its

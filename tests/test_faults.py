@@ -18,7 +18,7 @@ import psutil
 import pytest
 import requests
 import yaml
-from conftest import ROOT, SAMPLES, Server, transcripts
+from conftest import ROOT, SAMPLES, Server, run, transcripts
 
 import export_model
 import serve
@@ -229,7 +229,8 @@ def test_a_worker_that_cannot_start_is_given_up_and_the_health_check_says_so(new
 
 
 def test_with_token_authorisation_only_the_token_opens_the_server(new_server, digits_pt, tmp_path):
-    server = new_server(digits_pt, config="disable_token_authorization=false\n")
+    one = {"minWorkers": 1, "maxWorkers": 1}
+    server = new_server(digits_pt, config="disable_token_authorization=false\n", live=one)
     text = server.config.read_text().replace("disable_token_authorization=true\n", "")
     server.config.write_text(text)
     keys = ROOT / "key_file.json"  # in the folder that serve.py starts TorchServe in
@@ -246,6 +247,11 @@ def test_with_token_authorisation_only_the_token_opens_the_server(new_server, di
         assert status(Authorization="Bearer wrong") in (400, 401, 403)
         assert status(Authorization=f"Bearer {tokens['management']}") in (400, 401, 403)
         assert status(Authorization=f"Bearer {tokens['inference']}") == 200
+        live = server.serve("samples")  # with --live: what `make run-live` ends with
+        assert (live.returncode, live.stdout) == (0, "four seven two\n"), live.stderr
+        client = [ROOT / "clients" / "live.py", SAMPLES / "three-digits.wav"]
+        said = run(*client, "--server", server.url.removesuffix("/predictions/emformer_asr"), "--token", "wrong")
+        assert said.returncode == 1 and "Token Authorization failed" in said.stderr
     finally:
         server.serve("stop")
         keys.unlink(missing_ok=True)
