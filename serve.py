@@ -233,7 +233,12 @@ def samples(config_path: Path, model: str, live: bool) -> None:
     if live:
         client = [sys.executable, HERE / "clients" / "live.py", folder / "three-digits.wav", "--server", address]
         token = [value.removeprefix("Bearer ") for value in authorisation("inference").values()]
-        sys.exit(subprocess.run([*client, *(["--token", *token] if token else [])]).returncode)
+        if subprocess.run([*client, *(["--token", *token] if token else [])]).returncode:
+            sys.exit("The server did not transcribe three-digits.wav.")
+        print(f"\nSpeak:      .venv/bin/python clients/live.py --server {address}")
+        print("The page:   .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients")
+        print("            and in a browser http://127.0.0.1:8000/live.html\nStop it:    make stop")
+        return
     url = f"{address}/predictions/{MODEL_NAME}"
     with (folder / "transcripts.tsv").open() as table:
         files = [row["file"] for row in csv.DictReader(table, delimiter="\t") if row["model"] == model]
