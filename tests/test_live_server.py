@@ -353,6 +353,10 @@ def test_a_worker_that_dies_takes_its_sequences_along_and_the_health_check_says_
     assert {*texts} == {text, None}, texts  # those of the other worker, those of the dead one
     health = server.serve("health")
     assert health.returncode == 1 and "NOT READY" in health.stdout
+    for number in (1, WORKERS):
+        scaled = f"/models/emformer_asr_live?min_worker={number}&max_worker={number}&synchronous=true"
+        requests.put(server.management_url + scaled, timeout=60)
+    assert server.serve("health").returncode == 1
     server.serve("stop")
     assert server.serve("start").returncode == 0
     assert server.serve("health").returncode == 0
