@@ -2,7 +2,7 @@
 
 Seven engines speak random digit strings: Kokoro-82M (its voices, and voices that nobody has, mixed from
 them), Hibari, SVOX Pico, flite, festival, espeak-ng, and Piper's voice "joe" for testing only. Some of the
-clips are spoken again by the WORLD vocoder with another pitch and vocal tract. One in twelve has no digit
+clips are spoken again by the WORLD vocoder with another pitch and vocal tract. One in four has no digit
 in it: other words, for which the model has to keep quiet. Whole voices are held out.
 
 Every clip is made from its own seed, so the set is the same on every machine, and a stopped run goes on
@@ -108,6 +108,10 @@ went were west what when where which while white who whole why will wind window 
 word work world would write year yellow yes yesterday yet you young your
 """.split()  # noqa: SIM905
 
+# Never said as other words: they sound like digits.
+HOMOPHONES = {*WORDS, "o", "owe", "won", "to", "too", "for", "fore", "ate", "aught", "ought"}
+DICTIONARY = Path("/usr/share/dict/words")  # Debian's package wamerican
+
 # What the held-out voices say, for measuring what comes out when nobody says a digit.
 SENTENCES = [
     "The weather was warm this morning, and the children played in the garden until lunch.",
@@ -148,13 +152,20 @@ ESPEAK_VARIANTS = ["", "+m1", "+m3", "+m5", "+m7", "+f1", "+f2", "+f4", "+f5"]
 
 
 def random_words(split: str, rng: random.Random) -> list[str]:
-    """The text of a clip: for testing 1 to 16 digits, for training one in a sixth of them, else two to twelve."""
+    """The text of a clip: for testing 1 to 16 digits, for training one in a sixth of them, else two to nine."""
     if split == "heldout":
         return rng.choices(WORDS, k=rng.randint(1, 16))
-    words = rng.choices(WORDS, k=1 if rng.random() < 1 / 6 else rng.randint(2, 12))
+    words = rng.choices(WORDS, k=1 if rng.random() < 1 / 6 else rng.randint(2, 9))
     for i in range(1, len(words)):  # a word said twice is what a transducer is slowest to learn
         words[i] = words[i - 1] if rng.random() < 0.12 else words[i]
     return words
+
+
+@functools.cache
+def dictionary_words() -> list[str]:
+    """Every plain word of two to ten letters."""
+    words = DICTIONARY.read_text().split()
+    return [word for word in words if re.fullmatch("[a-z]{2,10}", word) and word not in HOMOPHONES]
 
 
 @functools.cache
@@ -342,11 +353,13 @@ def make_clip(job: tuple[int, str, Path, Path]) -> None:
     rng = random.Random(f"{split}-{index}")
     voice = pick_voice(index, split, engines, rng)
     words = random_words(split, rng)
-    other = split == "other" or (split == "train" and rng.random() < 1 / 12)
+    other = split == "other" or (split == "train" and rng.random() < 1 / 4)
     if split == "other":
         words = re.sub(r"[^a-z ]", "", SENTENCES[index % len(SENTENCES)].lower()).split()
     elif other:
-        words = rng.choices(OTHER_WORDS, k=rng.randint(3, 9))
+        words = [
+            rng.choice(OTHER_WORDS if rng.random() < 0.6 else dictionary_words()) for _ in range(rng.randint(1, 9))
+        ]
     times = None
     if voice.startswith(("hibari", "nanotts-", "festival-", "flite-", "espeak-")):
         samples, rate = speak_cheaply(words, voice, rng)
@@ -375,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", type=Path, required=True, help="folder with kokoro.onnx, vocab.json and voices/")
     parser.add_argument("--output", type=Path, default=Path("data"))
-    parser.add_argument("--train-clips", type=int, default=2170)
+    parser.add_argument("--train-clips", type=int, default=5000)
     parser.add_argument("--heldout-clips", type=int, default=150)
     parser.add_argument("--other-clips", type=int, default=40, help="sentences without digits, in the held-out voices")
     parser.add_argument("--jobs", type=int, default=2)

@@ -24,6 +24,8 @@ import json
 import math
 import os
 import random
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 # The process that makes the batches takes its time from the two that train: while they wait for each other they must
@@ -46,14 +48,14 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 # Segment, right context, time reduction, left context and memory are those of emformer_rnnt_base.
 ARCHITECTURE = {
     "input_dim": 80,
-    "encoding_dim": 192,
+    "encoding_dim": 256,
     "num_symbols": len(WORDS) + 4,  # the words, SentencePiece's <unk> <s> </s>, and blank, which is last
     "segment_length": 16,
     "right_context_length": 4,
-    "time_reduction_input_dim": 48,
+    "time_reduction_input_dim": 64,
     "time_reduction_stride": 4,
     "transformer_num_heads": 4,
-    "transformer_ffn_dim": 384,
+    "transformer_ffn_dim": 512,
     "transformer_num_layers": 6,
     "transformer_dropout": 0.0,
     "transformer_activation": "gelu",
@@ -75,15 +77,18 @@ PADDING = ARCHITECTURE["right_context_length"]
 ROUGH_STEPS = 1200  # over these steps more and more of the utterances pass through recorded()
 GROWTH = ((0.0, 3), (0.05, 6), (0.15, 10), (0.3, 16))  # share of the run, longest string in words
 SINGLE = 0.35  # share of the batches that hold single words only
-WITHOUT_DIGITS = 0.06  # share of the utterances in which nothing is to be written
-OTHER_WORDS = 0.05  # share of the utterances in which other words are said between the digits
+WITHOUT_DIGITS = 0.18  # share of the utterances in which nothing is to be written
+OTHER_WORDS = 0.15  # share of the utterances in which other words are said between the digits
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
-BATCH_FRAMES = 6_000  # feature frames (10 ms) a step, padding included
+BATCH_FRAMES = 4_000  # feature frames (10 ms) a step and process, padding included
 MAX_SECONDS = 16.0
 # Taken from blank's score when the weights are written. In training a word may be shared among the frames of its
 # window; a search that keeps one hypothesis has to find it likelier than blank in a single one.
 BLANK_PENALTY = 1.0
+WARM_UP = 800  # steps over which the learning rate rises
+DECAY = 0.35  # share of the run, at its end, over which it falls
+SAVE_EVERY = 250  # steps
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
 # Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
 # so many seconds before its end to so many after it.
@@ -93,6 +98,7 @@ LATEST = 0.12
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
 ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
+REAL = 0.6  # share of the utterances that are made of recordings of real speakers
 
 
 @dataclasses.dataclass
@@ -105,6 +111,7 @@ class Clip:
     samples: np.ndarray
     words: list[str]
     voice: str
+    source: str  # of a recording; empty if it was synthesised
     cuts: list[int] | None
     spans: list[tuple[int, int]]
 
@@ -136,30 +143,40 @@ def cuts_at_times(samples: np.ndarray, places: list[tuple[float, float]]) -> lis
 
 
 def loud_part(samples: np.ndarray, begin: int, end: int) -> tuple[int, int]:
-    """Where a word that was cut from ``begin`` to ``end`` is less than 26 dB under its peak."""
+    """Where a word that was cut from ``begin`` to ``end`` is less than 26 dB under its peak and above the noise."""
     frames = loudness(samples[begin:end])
-    loud = np.flatnonzero(frames > 0.05 * frames.max(initial=1.0))
+    peak = frames.max(initial=1.0)
+    floor = np.percentile(frames, 10) if len(frames) else 0.0
+    loud = np.flatnonzero(frames > min(max(0.05 * peak, 2 * floor), 0.3 * peak))
     return (begin + int(loud[0]) * 80, begin + int(loud[-1] + 1) * 80) if len(loud) else (begin, end)
 
 
-def load_clips(folder: Path, split: str) -> list[Clip]:
-    """Read the clips of ``split``, without those that ``filter_clips.py`` found to be wrong."""
+def load_clips(folder: Path, split: str) -> tuple[list[Clip], list[np.ndarray]]:
+    """Read the clips of ``split``, without those that ``filter_clips.py`` found to be wrong, and recorded noises."""
     rejected = folder / "rejected.txt"
     wrong = set(rejected.read_text().split()) if rejected.exists() else set()
-    clips = []
+    clips, noises = [], []
     for path in sorted(folder.glob(f"{split}-*.json")):
         if path.stem in wrong:
             continue
         described = json.loads(path.read_text())
         samples, _ = soundfile.read(path.with_suffix(".wav"), dtype="int16")
-        words = described["text"].split()
-        if np.abs(samples).max(initial=0) <= 500 or len(samples) < FASTEST * SAMPLE_RATE * len(words):
+        words, source = described["text"].split(), described.get("source", "")
+        if described.get("kind") == "noise":
+            noises.append(samples)
+            continue
+        fastest = 0 if source else FASTEST
+        if np.abs(samples).max(initial=0) <= (50 if source else 500) or len(samples) < fastest * SAMPLE_RATE * len(
+            words
+        ):
             continue
         places = described["words"]
         cuts = cuts_at_times(samples, places) if places else cuts_at_pauses(samples, len(words))
+        if source and not places and len(words) == 1:
+            cuts = [0, len(samples)]
         spans = [loud_part(samples, *ends) for ends in itertools.pairwise(cuts)] if cuts else []
-        clips.append(Clip(samples, words, described["voice"], cuts, spans))
-    return clips
+        clips.append(Clip(samples, words, described["voice"], source, cuts, spans))
+    return clips, noises
 
 
 def trimmed(samples: np.ndarray, rng: random.Random) -> tuple[int, int]:
@@ -171,8 +188,16 @@ def trimmed(samples: np.ndarray, rng: random.Random) -> tuple[int, int]:
     return max(int(loud[0]) - margin, 0), min(int(loud[-1]) + max(margin, 1), len(samples))
 
 
-def noise(length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
-    """Unit-power noise: its spectrum falls between 0 (white) and 6 dB (brown) per octave; sometimes with hum."""
+def noise(
+    length: int, rng: random.Random, generator: np.random.Generator, noises: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Unit-power noise: its spectrum falls between 0 (white) and 6 dB (brown) per octave; sometimes with hum.
+
+    Or, if there are any, one of ``noises`` over and over.
+    """
+    if noises and rng.random() < 0.35:
+        wave = np.resize(rng.choice(noises).astype(np.float32), length)
+        return np.roll(wave, rng.randrange(length)) / (wave.std() + 1e-9)
     spectrum = np.fft.rfft(generator.standard_normal(length, np.float32))
     spectrum /= np.maximum(np.arange(len(spectrum), dtype=np.float32), 50 * length / SAMPLE_RATE) ** rng.uniform(0, 1)
     wave = np.fft.irfft(spectrum, length)
@@ -187,16 +212,34 @@ def noise(length: int, rng: random.Random, generator: np.random.Generator) -> np
     return (wave / (wave.std() + 1e-9)).astype(np.float32)
 
 
+def drawn(clips: list[Clip], rng: random.Random) -> Clip:
+    """One of ``clips``: a recording as often as a synthesised one."""
+    real = rng.random() < 0.5
+    for _ in range(20):
+        clip = rng.choice(clips)
+        if bool(clip.source) == real:
+            break
+    return clip
+
+
 def without_digits(clips: list[Clip], length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
     """``length`` samples in which nobody says a digit: other words, tones, breath, noise or silence."""
     kind = rng.random()
-    if kind < 0.6 and clips:
-        samples = rng.choice(clips).samples
-        start = rng.randint(0, max(len(samples) - length, 0))
-        return samples[start : start + length].astype(np.float32) / 32768
+    if kind < 0.8 and clips:
+        pieces, missing = [], length
+        while missing > 0:
+            samples = drawn(clips, rng).samples
+            low, high = trimmed(samples, rng)
+            if high - low > missing:
+                low = rng.randint(low, high - missing)
+            piece = samples[low : min(high, low + missing)].astype(np.float32)
+            pause = np.zeros(int(rng.choice([0.0, 0.0, 0.2]) * rng.random() * SAMPLE_RATE), np.float32)
+            pieces += [piece * np.float32(10 ** (rng.uniform(-4, 4) / 20) / (np.abs(piece).max(initial=0) + 1)), pause]
+            missing -= len(piece) + len(pause) + 1
+        return np.concatenate(pieces)
     times = np.arange(length, dtype=np.float32) / SAMPLE_RATE
     wave = np.zeros(length, np.float32)
-    if kind < 0.75:  # music, more or less: notes of a few harmonics
+    if kind < 0.88:  # music, more or less: notes of a few harmonics
         start = 0
         while start < length:
             stop = start + int(rng.uniform(0.08, 0.8) * SAMPLE_RATE)
@@ -206,7 +249,7 @@ def without_digits(clips: list[Clip], length: int, rng: random.Random, generator
                 for harmonic in range(1, rng.randint(2, 9)):
                     wave[start:stop] += shape * np.sin(2 * np.pi * pitch * harmonic * times[start:stop]) / harmonic
             start = stop
-    elif kind < 0.9:  # breath, wind, rustling, knocks: bursts of noise in a band
+    elif kind < 0.95:  # breath, wind, rustling, knocks: bursts of noise in a band
         for _ in range(rng.randint(1, 6)):
             size = int(rng.choice([0.02, 0.1, 0.5, 1.0]) * rng.uniform(0.5, 1.5) * SAMPLE_RATE)
             start = rng.randrange(max(length - size, 1))
@@ -217,7 +260,7 @@ def without_digits(clips: list[Clip], length: int, rng: random.Random, generator
             spectrum[(bins < low) | (bins > low + rng.uniform(500, 5000))] *= 0.1
             burst = np.fft.irfft(spectrum, size)[: length - start] * rng.uniform(0.1, 1)
             wave[start : start + len(burst)] += burst
-    elif kind < 0.97:
+    elif kind < 0.99:
         wave = noise(length, rng, generator)
     return wave / (np.abs(wave).max() + 1e-9)
 
@@ -245,7 +288,11 @@ def filtered(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def recorded(
-    wave: np.ndarray, others: list[Clip], rng: random.Random, generator: np.random.Generator
+    wave: np.ndarray,
+    others: list[Clip],
+    noises: list[np.ndarray],
+    rng: random.Random,
+    generator: np.random.Generator,
 ) -> tuple[np.ndarray, float]:
     """Put a clean wave through what a room, a microphone and a line do to it; also tell how much longer it became."""
     ratio = 20
@@ -269,8 +316,8 @@ def recorded(
         gain -= 10 * np.log10(1 + (rng.uniform(20, 300) / np.maximum(frequency, 1)) ** 4)
         wave = filtered(wave, 10 ** (np.clip(gain, -30, 20) / 20))
     speech_power = np.sqrt(np.mean(wave**2)) + 1e-9
-    if rng.random() < 0.6:
-        wave = wave + noise(len(wave), rng, generator) * speech_power * 10 ** (-rng.uniform(6, 45) / 20)
+    if rng.random() < 0.7:
+        wave = wave + noise(len(wave), rng, generator, noises) * speech_power * 10 ** (-rng.uniform(3, 42) / 20)
     if rng.random() < 0.25:  # rumble, as of a fan, a table or a badly earthed cable
         rumble = filtered(noise(len(wave), rng, generator), frequency < rng.uniform(50, 200))
         wave = wave + rumble / (rumble.std() + 1e-9) * speech_power * 10 ** (-rng.uniform(-8, 20) / 20)
@@ -281,7 +328,9 @@ def recorded(
     wave = wave / (np.abs(wave).max() + 1e-9)
     if rng.random() < 0.08:
         wave = np.clip(wave * rng.uniform(1.2, 4), -1, 1)
-    wave = wave * 10 ** (rng.uniform(-30, 0) / 20)
+    wave = wave * 10 ** (rng.uniform(-36, 0) / 20)
+    if rng.random() < 0.08:  # a constant, as of a cheap sound card
+        wave = wave + rng.uniform(-0.05, 0.05) * np.abs(wave).max()
     wave = np.round(wave * 32768) / 32768  # 16 bits
     # Band limits come last: a clip recorded at 8 kHz has nothing at all above 4 kHz.
     limit = rng.random()
@@ -315,18 +364,45 @@ def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return stretched[0].T.contiguous()
 
 
+def draw_weights(clips: list[Clip]) -> list[float]:
+    """How often each clip is drawn.
+
+    Sources by the root of their size, a word that is seldom said alone more often than chance.
+    """
+    sizes = Counter(clip.source for clip in clips)
+    words = Counter((clip.source, clip.words[0]) for clip in clips if len(clip.words) == 1)
+    weights = []
+    for clip in clips:
+        if not clip.source:
+            weights.append(ENGINE_WEIGHTS.get(clip.voice.partition("-")[0], 1.0))
+        else:
+            rarity = words[clip.source, clip.words[0]] ** -0.5 if len(clip.words) == 1 else 0.15
+            weights.append(sizes[clip.source] ** -0.5 * rarity)
+    real = sum(weight for weight, clip in zip(weights, clips, strict=True) if clip.source)
+    synthetic = sum(weights) - real
+    shares = (REAL / real, (1 - REAL) / synthetic) if real and synthetic else (1.0, 1.0)
+    return [weight * shares[not clip.source] for weight, clip in zip(weights, clips, strict=True)]
+
+
 class Batches(torch.utils.data.Dataset):
     """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths, spans."""
 
-    def __init__(self, clips: list[Clip], steps: int, polish: bool, extractor: torch.nn.Module) -> None:
-        self.steps, self.polish, self.extractor = steps, polish, extractor
+    def __init__(
+        self,
+        clips: list[Clip],
+        noises: list[np.ndarray],
+        steps: int,
+        polish: bool,
+        extractor: torch.nn.Module,
+        rank: int,
+    ) -> None:
+        self.noises, self.steps, self.polish, self.extractor, self.rank = noises, steps, polish, extractor, rank
         self.clips = [clip for clip in clips if clip.words]
         self.others = [clip for clip in clips if not clip.words]
         self.voices: dict[str, list[Clip]] = {}
         for clip in self.clips:
             self.voices.setdefault(clip.voice, []).append(clip)
-        weights = [ENGINE_WEIGHTS.get(clip.voice.partition("-")[0], 1.0) for clip in self.clips]
-        self.cumulated = list(itertools.accumulate(weights))
+        self.cumulated = list(itertools.accumulate(draw_weights(self.clips)))
 
     def __len__(self) -> int:
         return self.steps
@@ -351,7 +427,7 @@ class Batches(torch.utils.data.Dataset):
         if roughness > 0.5 and rng.random() < WITHOUT_DIGITS:
             length = int((0.3 + 0.5 * wanted * rng.uniform(0.5, 1)) * SAMPLE_RATE)
             wave = without_digits(self.others, length, rng, generator)
-            return recorded(wave, [], rng, generator)[0], [], []
+            return recorded(wave, [], self.noises, rng, generator)[0], [], []
         [chosen] = rng.choices(self.clips, cum_weights=self.cumulated)
         clips = self.voices[chosen.voice]
         pieces = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32)]
@@ -384,18 +460,22 @@ class Batches(torch.utils.data.Dataset):
                 whole = clip.cuts is None
                 begin, end = (0, len(clip.samples)) if whole else (clip.cuts[first], clip.cuts[last])
                 low, high = 0, end - begin
-                if rng.random() < 0.8:
+                if clip.source and not whole and rng.random() < 0.6:  # tightly around the words, also in noise
+                    before, after = (int(rng.uniform(-0.02, 0.15) * SAMPLE_RATE) for _ in range(2))
+                    low = max(clip.spans[first][0] - before - begin, 0)
+                    high = min(clip.spans[last - 1][1] + after, end) - begin
+                elif rng.random() < 0.8:
                     low, high = trimmed(clip.samples[begin:end], rng)
                 for word in range(first, last):
                     start, stop = (begin, end) if whole else clip.spans[word]
                     start, stop = max(start - begin - low, 0), min(stop - begin, high) - low
                     known = float(not whole or len(clip.words) == 1)
                     places.append(((position + start) / SAMPLE_RATE, (position + stop) / SAMPLE_RATE, known))
-                gain = 10 ** (rng.uniform(-4, 4) / 20) / 32768
-                add(clip.samples[begin + low : begin + high].astype(np.float32) * gain)
+                piece = clip.samples[begin + low : begin + high].astype(np.float32)
+                add(piece * (10 ** (rng.uniform(-4, 4) / 20) * 0.3 / (np.abs(piece).max(initial=0) + 1)))
                 words = words + clip.words[first:last]
             if interrupted and self.others and rng.random() < 0.3:
-                add(rng.choice(self.others).samples[: 3 * SAMPLE_RATE].astype(np.float32) / 32768)
+                add(without_digits(self.others, int(rng.uniform(0.3, 2.5) * SAMPLE_RATE), rng, generator) * 0.3)
             if len(words) >= wanted:
                 break
         if not words:
@@ -403,11 +483,11 @@ class Batches(torch.utils.data.Dataset):
         add(np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32))
         wave, stretch = np.concatenate(pieces), 1.0
         if rng.random() < roughness:
-            wave, stretch = recorded(wave, self.others, rng, generator)
+            wave, stretch = recorded(wave, self.others, self.noises, rng, generator)
         return wave, words, [(start * stretch, stop * stretch, known) for start, stop, known in places]
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        rng, generator = random.Random(step), np.random.default_rng(step)
+        rng, generator = random.Random(step), np.random.default_rng((step, self.rank))
         longest = max(words for share, words in GROWTH if step >= share * self.steps)
         roughness = min(1.0, step / ROUGH_STEPS)
         if self.polish:
@@ -415,6 +495,7 @@ class Batches(torch.utils.data.Dataset):
         # One length a batch: little is padding.
         edge = rng.choice([0.0, 0.0, 0.08, 0.2, 0.6])
         wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
+        rng = random.Random(f"{step}-{self.rank}")  # the processes' batches are of one kind, and so of one duration
         features, texts, spans, longest = [], [], [], 0
         while longest * (len(features) + 1) < BATCH_FRAMES and len(features) < 80:
             wave, words, places = self.utterance(wanted, roughness, edge, rng, generator)
@@ -504,10 +585,10 @@ def write_tokenizer(path: Path) -> None:
     assert [pieces.id_to_piece(3 + i) for i in range(len(WORDS))] == ["\u2581" + word for word in WORDS]
 
 
-def write_global_stats(path: Path, clips: list[Clip]) -> None:
+def write_global_stats(path: Path, clips: list[Clip], noises: list[np.ndarray]) -> None:
     """Measure mean and inverse standard deviation of every mel bin over 600 augmented utterances."""
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
-    batches = Batches(clips, 1, True, feature_extractor(path))
+    batches = Batches(clips, noises, 1, True, feature_extractor(path), 0)
     rng, generator = random.Random("stats"), np.random.default_rng(0)
     waves = [batches.utterance(rng.randint(1, 8), 1.0, 0.3, rng, generator)[0] for _ in range(600)]
     frames = torch.cat([batches.extractor(torch.from_numpy(wave))[0][:-PADDING] for wave in waves]).double()
@@ -521,107 +602,166 @@ def feature_extractor(global_stats: Path) -> torch.nn.Module:
     return dataclasses.replace(EMFORMER_RNNT_BASE_LIBRISPEECH, _global_stats_path=path).get_feature_extractor()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=Path, default=Path("data"))
-    parser.add_argument("--output", type=Path, default=Path("../models/digits"))
-    parser.add_argument("--steps", type=int, default=9200)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
-    parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rises over the first steps, stays, and falls in a straight line over the last part (``DECAY``)."""
+    return peak * min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps))
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], processes: int) -> None:
+    """Replace every gradient by its mean over the processes."""
+    if processes > 1:
+        flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+        torch.distributed.all_reduce(flat)
+        parts = flat.div_(processes).split([parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def transducer_loss(
+    model: torch.nn.Module,
+    encoded: torch.Tensor,
+    frames: torch.Tensor,
+    targets: torch.Tensor,
+    target_lengths: torch.Tensor,
+    spans: torch.Tensor,
+) -> torch.Tensor:
+    """Of every utterance, (batch,): of marks and words in the frames where they are allowed.
+
+    The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner that
+    expects the word that was heard before loses every word after one that it missed.
+    """
+    written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1)
+    history = torch.randint_like(targets, 3, BLANK)
+    history = torch.stack([torch.full_like(history, BEGINS), history], 2).flatten(1)
+    written_lengths = 2 * target_lengths
+    start = torch.full((len(targets), 1), BLANK, dtype=torch.int32, device=targets.device)
+    predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
+    logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
+    log_probs = logits.float().log_softmax(3)
+    elsewhere = ~allowed(spans.cpu(), frames.cpu(), log_probs.shape[1]).to(targets.device)
+    penalty = torch.zeros(log_probs.shape[:3], device=targets.device)
+    penalty.masked_fill_(torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN)
+    log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
+    return torchaudio.functional.rnnt_loss(
+        *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
+    )
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """What one process does: the first, of ``rank`` 0, writes files and reports."""
+    torch.manual_seed(rank)
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-
-    clips = load_clips(args.clips, "train")
-    hours = sum(len(clip.samples) for clip in clips) / SAMPLE_RATE / 3600
-    print(f"{len(clips)} clips, {hours:.1f} h, {len({clip.voice for clip in clips})} voices", flush=True)
-    tokenizer, stats = args.output / "tokenizer.model", args.output / "global_stats.json"
-    if not tokenizer.exists():
-        write_tokenizer(tokenizer)
-    if not stats.exists():
-        write_global_stats(stats, clips)
-    (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
-
+    device = torch.device(args.device)
+    if args.processes > 1:
+        address = f"tcp://127.0.0.1:{args.port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=args.processes)
+    clips, noises = load_clips(args.clips, "train")
+    clips = [clip for clip in clips if clip.source not in args.without]
     model = emformer_rnnt_model(**ARCHITECTURE)
     frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
         model.load_state_dict(torch.load(args.polish, weights_only=True))
+        with torch.no_grad():
+            model.joiner.linear.bias[BLANK] += BLANK_PENALTY
+    model.to(device), frame_head.to(device)
     # An exponential moving average of the weights is what is kept in the end.
     average = copy.deepcopy(model).requires_grad_(False)
     parameters = [*model.parameters(), *frame_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.05, anneal_strategy="cos"
-    )
     checkpoint, first = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0
-    trained = {
-        "model": model,
-        "frame": frame_head,
-        "average": average,
-        "optimizer": optimizer,
-        "schedule": schedule,
-    }
+    trained = {"model": model, "frame": frame_head, "average": average, "optimizer": optimizer}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
         first = saved.pop("step")
         for name, part in trained.items():
             part.load_state_dict(saved[name])
-    batches = Batches(clips, args.steps, args.polish is not None, feature_extractor(stats))
+    if args.processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.data, 0)
+    batches = Batches(
+        clips, noises, args.steps, args.polish is not None, feature_extractor(args.output / "global_stats.json"), rank
+    )
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(batches, range(first, args.steps)), batch_size=None, num_workers=1, prefetch_factor=8
+        torch.utils.data.Subset(batches, range(first, args.steps)),
+        batch_size=None,
+        num_workers=args.loaders,
+        prefetch_factor=8 if args.loaders else None,
     )
 
     def save(step: int) -> None:
-        torch.save({"step": step, **{name: part.state_dict() for name, part in trained.items()}}, checkpoint)
+        # Written beside and moved into place: a run that is cut while it writes leaves the one before.
+        state = {"step": step, **{name: part.state_dict() for name, part in trained.items()}}
+        kept = [checkpoint]
+        if args.steps * (1 - DECAY) - SAVE_EVERY < step <= args.steps * (1 - DECAY):
+            kept.append(checkpoint.with_name("before-decay.pt"))  # from here a run can be made longer
+        for path in kept:
+            torch.save(state, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
         # Half precision halves the file; the rounding is far below what changes a transcript.
-        weights = {name: value.half() for name, value in average.state_dict().items()}
+        weights = {name: value.half().cpu() for name, value in average.state_dict().items()}
         weights["joiner.linear.bias"][BLANK] -= BLANK_PENALTY
         torch.save(weights, args.output / "weights.pt")
 
-    losses, generator = [], torch.Generator().manual_seed(first)
-    progress = tqdm(loader, initial=first, total=args.steps, unit="step", mininterval=5)
-    for step, (features, lengths, targets, target_lengths, spans) in enumerate(progress, start=first):
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+    losses = []
+    progress = tqdm(loader, initial=first, total=args.steps, unit="step", mininterval=30, disable=rank > 0)
+    for step, batch in enumerate(progress, start=first):
+        features, lengths, targets, target_lengths, spans = (part.to(device) for part in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             encoded, frames = model.transcribe(features, lengths)
         encoded, frames = encoded.float(), frames.int()
-        labels = frame_labels(spans, targets, frames, encoded.shape[1])
+        labels = frame_labels(spans.cpu(), targets.cpu(), frames.cpu(), encoded.shape[1]).to(device)
         said = torch.nn.functional.cross_entropy(frame_head(encoded).transpose(1, 2), labels, ignore_index=-100)
-        # The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner
-        # that expects the word that was heard before loses every word after one that it missed.
-        written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1)
-        history = torch.randint_like(targets, 3, BLANK, generator=generator)
-        history = torch.stack([torch.full_like(history, BEGINS), history], 2).flatten(1)
-        written_lengths = 2 * target_lengths
-        start = torch.full((len(targets), 1), BLANK, dtype=torch.int32)
-        predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
-        logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
-        log_probs = logits.log_softmax(3)
-        elsewhere = ~allowed(spans, frames, log_probs.shape[1])
-        penalty = torch.zeros(log_probs.shape[:3]).masked_fill_(
-            torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN
-        )
-        log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
-        transducer = torchaudio.functional.rnnt_loss(
-            *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
-        )
+        transducer = transducer_loss(model, encoded, frames, targets, target_lengths, spans)
         loss = (transducer / target_lengths.clamp(min=1)).mean() + said
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(parameters, args.processes)
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
         optimizer.step()
-        schedule.step()
-        decay = min(0.998, (step + 1) / (step + 10))
+        decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         losses.append((loss.item(), said.item()))
-        if (step + 1) % 50 == 0:
+        if rank == 0 and (step + 1) % 50 == 0:
             total, framewise = np.mean(losses[-50:], 0)
             progress.write(f"step {step + 1}: loss {total:.3f}, of which frames {framewise:.3f}")
-        if (step + 1) % 250 == 0:
+        if rank == 0 and (step + 1) % SAVE_EVERY == 0:
             save(step + 1)
-    save(args.steps)
+    if rank == 0:
+        save(args.steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=Path, default=Path("data"))
+    parser.add_argument("--output", type=Path, default=Path("../models/digits"))
+    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
+    parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
+    parser.add_argument("--without", nargs="+", default=[], help="sources of recordings to leave out")
+    parser.add_argument("--processes", type=int, default=2, help="as many batches at once; one for each core")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that make batches, for each that trains")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--port", type=int, default=29_500, help="on which the processes find each other")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    clips, noises = load_clips(args.clips, "train")
+    for source, chosen in itertools.groupby(sorted(clips, key=lambda clip: clip.source), lambda clip: clip.source):
+        part = list(chosen)
+        hours = sum(len(clip.samples) for clip in part) / SAMPLE_RATE / 3600
+        voices = len({clip.voice for clip in part})
+        print(f"{source or 'synthesised'}: {len(part)} clips, {hours:.2f} h, {voices} voices", flush=True)
+    tokenizer, stats = args.output / "tokenizer.model", args.output / "global_stats.json"
+    if not tokenizer.exists():
+        write_tokenizer(tokenizer)
+    if not stats.exists():
+        write_global_stats(stats, clips, noises)
+    (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
+    torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)
 
 
 if __name__ == "__main__":
