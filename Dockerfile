@@ -8,7 +8,8 @@ WORKDIR /srv/emformer-asr
 RUN python -m venv /opt/venv
 COPY requirements.txt ./
 RUN /opt/venv/bin/pip install --no-cache-dir ${INDEX_URL:+--extra-index-url "$INDEX_URL"} -r requirements.txt
-COPY export_model.py decoder.py handler.py config.properties model-config.yaml metrics.yaml log4j2.xml ./
+COPY export_model.py handler.py config.properties model-config.yaml metrics.yaml log4j2.xml ./
+COPY engine engine
 COPY models/digits models/digits
 RUN mkdir model_store \
   && /opt/venv/bin/python export_model.py --model digits --output emformer_rnnt.pt \

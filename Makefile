@@ -53,7 +53,7 @@ clean:
 $(CHOICE):
 	@mkdir -p build && rm -f build/*.choice && touch $@
 
-build/emformer_rnnt.pt: export_model.py decoder.py $(wildcard models/digits/*) $(CHOICE) .venv/installed
+build/emformer_rnnt.pt: export_model.py $(wildcard engine/*.py models/digits/*) $(CHOICE) .venv/installed
 	@$(BIN)/python export_model.py --model $(MODEL) --precision $(PRECISION) --output $@
 
 model_store/emformer_asr.mar: build/emformer_rnnt.pt handler.py model-config.yaml
@@ -64,7 +64,7 @@ model_store/emformer_asr.mar: build/emformer_rnnt.pt handler.py model-config.yam
 model_store/emformer_asr_live.mar: build/emformer_rnnt.pt handler.py live.py model-config-live.yaml
 	@mkdir -p model_store
 	@$(BIN)/torch-model-archiver --model-name emformer_asr_live --version 1.0 --serialized-file build/emformer_rnnt.pt \
-	  --handler handler.py --extra-files live.py --config-file model-config-live.yaml --export-path model_store --force
+	  --handler live.py --extra-files handler.py --config-file model-config-live.yaml --export-path model_store --force
 
 # What the page in clients/ may ask for, it alone.
 build/config-live.properties: config.properties cors.properties

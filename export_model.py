@@ -23,7 +23,8 @@ import torchaudio
 from torchaudio.models import RNNT, emformer_rnnt_model
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 
-from decoder import PRECISIONS, Decoder, with_precision
+from engine.decoder import Decoder
+from engine.precision import PRECISIONS, with_precision
 
 DIGITS = Path(__file__).parent / "models" / "digits"
 # Seconds by which the emission of a word's first and last token is behind its sound; what handler.py subtracts from the
@@ -116,7 +117,7 @@ def export(
     Args:
         model_name (str): ``digits`` or ``librispeech``.
         output (Path): the TorchScript file to write; an existing file is replaced in one step.
-        precision (str): ``fp32``, ``bf16`` or ``int8``, see ``decoder.with_precision``.
+        precision (str): ``fp32``, ``bf16`` or ``int8``, see ``engine.precision.with_precision``.
         checkpoint (Path or None): state dict to load instead of the model's own.
 
     Returns:

@@ -36,8 +36,9 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
-from decoder import PRECISIONS, Decoder, with_precision  # noqa: E402
-from handler import ModelHandler  # noqa: E402
+from engine.decoder import Decoder  # noqa: E402
+from engine.precision import PRECISIONS, with_precision  # noqa: E402
+from handler import ModelHandler, decode_audio  # noqa: E402
 
 RUNS = 5
 SECONDS = 10.0
@@ -97,7 +98,7 @@ def audio(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         export_model.export("digits", Path(folder) / "emformer_rnnt.pt")
         handler = handler_for(Path(folder) / "emformer_rnnt.pt")
-    waveform = handler._waveform((path or ROOT / "sample_audio" / "sentence.wav").read_bytes())
+    waveform = decode_audio((path or ROOT / "sample_audio" / "sentence.wav").read_bytes())
     samples = int(SECONDS * SAMPLE_RATE)
     waveform = waveform.repeat(-(-samples // len(waveform)))[:samples]
     return waveform, handler._features(waveform)
@@ -127,8 +128,8 @@ def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float
     def rate(bias: float) -> float:
         raised = copy.deepcopy(joiner)
         raised.bias[-1] += bias
-        decoder.joiner = with_precision(torch.nn.Sequential(raised), precision)[0]
-        tokens = decoder._search(encodings, decoder._first_beam(), beam_width).hypotheses[0][0]
+        decoder.search.joiner = with_precision(torch.nn.Sequential(raised), precision)[0]
+        tokens = decoder.search(encodings, decoder.search.first_beam(), beam_width).hypotheses[0][0]
         return (len(tokens) - 1) * 100 / len(features)
 
     with torch.inference_mode():
@@ -187,10 +188,10 @@ def parts(features: torch.Tensor) -> None:
         past = engine.encoder.empty_past(1)
         with torch.inference_mode():
             [encodings], _ = engine._encode([features], window, past)
-            first = engine._first_beam()
+            first = engine.search.first_beam()
         times = milliseconds(
             lambda e=engine, p=past: e._encode([features], window, p),
-            lambda e=engine, x=encodings, f=first: e._search(x, f, 1),
+            lambda e=engine, x=encodings, f=first: e.search(x, f, 1),
         )
         encoder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(*layer_linears())})
         layer = with_precision(encoder, precision)["encoder"]
@@ -246,7 +247,7 @@ def digits(features: torch.Tensor) -> None:
             path = Path(folder) / "emformer_rnnt.pt"
             export_model.export("digits", path, precision)
             handler = handler_for(path)
-            spoken = handler._features(handler._waveform(audio_file))
+            spoken = handler._features(decode_audio(audio_file))
 
             def engine(beam_width: int, handler=handler, spoken=spoken) -> None:
                 handler.settings["beam_width"] = beam_width
@@ -254,7 +255,7 @@ def digits(features: torch.Tensor) -> None:
 
             def request(beam_width: int, handler=handler) -> None:
                 handler.settings["beam_width"] = beam_width
-                handler._transcribe([handler._features(handler._waveform(audio_file))])
+                handler._transcribe([handler._features(decode_audio(audio_file))])
 
             calls = [
                 lambda f=function, b=beam_width: f(b) for beam_width in (1, 4, 10) for function in (request, engine)

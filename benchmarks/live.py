@@ -41,6 +41,7 @@ from test_live import LiveWorker, headers, pcm_of  # noqa: E402
 
 from benchmarks import engine  # noqa: E402
 from benchmarks.serve import MODELS, build  # noqa: E402
+from handler import decode_audio  # noqa: E402
 
 PIECE = 0.16  # seconds
 SECONDS = 15  # of each measurement
@@ -57,10 +58,8 @@ def p95(times: list[float]) -> float:
 
 def sound(size: str) -> bytes:
     """Some minute of speech as PCM: the digit samples for the digits model, else the sentence."""
-    with tempfile.TemporaryDirectory() as folder:
-        handler = engine.handler_for(build("digits-fp32", torch.empty(0), Path(folder) / "emformer_rnnt.pt"))
     names = sorted(transcripts("digits")) if size == "digits" else ["sentence.wav"]
-    waveform = torch.cat([handler._waveform((SAMPLES / name).read_bytes()) for name in names])
+    waveform = torch.cat([decode_audio((SAMPLES / name).read_bytes()) for name in names])
     return pcm_of(waveform.repeat(-(-60 * RATE // len(waveform))))
 
 
@@ -83,7 +82,7 @@ def in_the_handler(name: str, model: Path, pcm: bytes) -> None:
             if number * PIECE >= WARM_UP:
                 times.append(1000 * (time.perf_counter() - started))
             assert all(status == 200 for status, _ in answers)
-        worker.handler.live.sequences.clear()
+        worker.handler.sequences.clear()
         median = statistics.median(times)
         print(f"| {name} | {count} | {median:.1f} ms | {p95(times):.1f} ms | {median / count:.2f} ms |", flush=True)
 
@@ -97,7 +96,7 @@ def memory(name: str, model: Path, pcm: bytes) -> None:
     worker = LiveWorker(model)
     for number, piece in enumerate(cut(pcm)[: round(30 / PIECE)]):
         worker.answer((headers("memory", number), piece))
-    [sequence] = worker.handler.live.sequences.values()
+    [sequence] = worker.handler.sequences.values()
     features, _, past, ([(_, *states, _)], *_), _ = sequence.stream
     tensors = [sequence.samples, features, *past, states[0]]
     tensors += [tensor for layer in states[1] for tensor in layer]

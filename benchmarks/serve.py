@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
 import serve  # noqa: E402
 from benchmarks import engine  # noqa: E402
+from handler import decode_audio  # noqa: E402
 from tests.conftest import BIN, SAMPLES, Server  # noqa: E402
 
 SECONDS = 12  # of each measurement; of the 60 s clip LONG_SECONDS
@@ -186,9 +187,7 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         waveform, features = engine.audio(None)
-        digits = engine.handler_for(export(Path(folder, "digits.pt")))._waveform(
-            (SAMPLES / "zero-to-nine.mp3").read_bytes()
-        )
+        digits = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
         digits = digits.repeat(9)[: len(waveform)]
         clips = {"digits": write(Path(folder, "digits.wav"), digits), "76.7M": write(Path(folder, "10s.wav"), waveform)}
         minute = write(Path(folder, "60s.wav"), waveform.repeat(6))

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
 from benchmarks import engine  # noqa: E402
 from benchmarks.serve import write  # noqa: E402
+from handler import decode_audio  # noqa: E402
 from tests.conftest import BIN, SAMPLES, Server, silent_film, transcripts  # noqa: E402
 
 LOAD = 0.7
@@ -213,8 +214,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "emformer_rnnt.pt")
         export_model.export("digits", model)
-        handler = engine.handler_for(model)
-        minute = handler._waveform((SAMPLES / "zero-to-nine.mp3").read_bytes()).repeat(6)
+        minute = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes()).repeat(6)
         asked = requests_to_send(Path(folder), write(Path(folder, "minute.wav"), minute))
         server = Server(model, batchSize=1)
         try:

@@ -24,7 +24,7 @@ from ts.context import Context, RequestProcessor
 
 import export_model
 import serve
-from handler import ModelHandler
+from handler import ModelHandler, decode_audio
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "sample_audio"
@@ -112,7 +112,7 @@ def worker(digits_pt) -> Worker:
 @pytest.fixture(scope="session")
 def speech(worker) -> torch.Tensor:
     """(samples,) of the 16 kHz mono WAV sample."""
-    return worker.handler._waveform((SAMPLES / "three-digits.wav").read_bytes())
+    return decode_audio((SAMPLES / "three-digits.wav").read_bytes())
 
 
 def bundle_assets_cached() -> bool:
@@ -175,8 +175,8 @@ class Server:
         # A batch of several requests is what the tests are after.
         self.archive("emformer_asr", model, handler, ROOT / "model-config.yaml", {"batchSize": 8} | settings)
         if live is not None:
-            extra = ["--extra-files", ROOT / "live.py"]
-            self.archive("emformer_asr_live", model, handler, ROOT / "model-config-live.yaml", live, extra)
+            extra = ["--extra-files", ROOT / "handler.py"]
+            self.archive("emformer_asr_live", model, ROOT / "live.py", ROOT / "model-config-live.yaml", live, extra)
 
     def archive(
         self, name: str, model: Path, handler: Path, config: Path, settings: dict[str, int], extra: Sequence = ()

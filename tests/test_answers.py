@@ -16,6 +16,7 @@ import webvtt
 from conftest import SAMPLES, Worker, encode, transcripts
 
 import handler
+from handler import segments_of, words_of
 
 THREE_DIGITS = (SAMPLES / "three-digits.wav").read_bytes()
 TEXT = transcripts("digits")["three-digits.wav"]
@@ -166,12 +167,17 @@ def test_a_subtitle_holds_at_most_seven_seconds_and_two_lines(worker, seconds):
         {"word": rng.choice(names), "start": seconds * i, "end": seconds * (i + 0.7), "log_probs": [-0.1]}
         for i in range(1000)
     ]
-    segments = worker.handler._segments(words)
+    segments = segments_of(words)
     assert " ".join(segment["text"] for segment in segments) == " ".join(word["word"] for word in words)
     for segment in segments:
         assert segment["end"] - segment["start"] <= 7.0
         lines = textwrap.wrap(segment["text"], 42, break_long_words=False)
         assert len(lines) <= 2
+
+
+def naming(worker) -> tuple:
+    """What ``words_of`` needs of a handler."""
+    return worker.handler.tokens_to_text, worker.handler.word_delays
 
 
 def test_probabilities_are_those_of_the_tokens(worker, speech):
@@ -187,10 +193,10 @@ def test_probabilities_are_those_of_the_tokens(worker, speech):
 def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speech):
     [[(tokens, score, frames, _), *_]] = worker.handler._search([worker.handler._features(speech)])
     tokens, frames = tokens[:1] + tokens[2::2], frames[1::2]
-    words = worker.handler._words(tokens, score, frames, [-1.0] * len(frames), 3.0)
+    words = words_of(tokens, score, frames, [-1.0] * len(frames), 3.0, *naming(worker))
     assert [word["word"] for word in words] == TEXT.split()
     assert [word["probability"] for word in words] == [round(math.exp(-1), 4)] * 3
-    assert worker.handler._segments(words)[0]["avg_logprob"] == -1.0
+    assert segments_of(words)[0]["avg_logprob"] == -1.0
 
 
 def test_silence_has_no_words_in_any_format(worker):

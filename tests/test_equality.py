@@ -15,7 +15,10 @@ from torchaudio.models.emformer import _EmformerAttention
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 
 import export_model
-from decoder import PRECISIONS, Decoder, float32, with_precision
+from engine.decoder import Decoder
+from engine.precision import PRECISIONS, with_precision
+from engine.search import float32
+from handler import decode_audio
 
 ALL_SAMPLES = [*transcripts("digits"), *transcripts("librispeech")]
 REAL_SPEECH = Path(os.environ.get("REAL_SPEECH", "nowhere"))
@@ -56,7 +59,7 @@ def engine(digits) -> torch.jit.ScriptModule:
 @pytest.fixture(scope="module")
 def samples(worker) -> dict[str, torch.Tensor]:
     """File name -> (samples,) at 16 kHz."""
-    return {file: worker.handler._waveform((SAMPLES / file).read_bytes()) for file in ALL_SAMPLES}
+    return {file: decode_audio((SAMPLES / file).read_bytes()) for file in ALL_SAMPLES}
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +488,7 @@ def test_real_speech_through_the_handler_gives_torchaudios_tokens(tmp_path, beam
     handler = Worker(tmp_path / "emformer_rnnt.pt", {"beam_width": beam_width}).handler
     search = RNNTBeamSearch(model, 4096)
     for recording in sorted(REAL_SPEECH.rglob("*.flac")):
-        waveform = handler._waveform(recording.read_bytes())
+        waveform = decode_audio(recording.read_bytes())
         with torch.inference_mode():
             features, length = EMFORMER_RNNT_BASE_LIBRISPEECH.get_feature_extractor()(waveform)
             expected = search(features, length, beam_width)[0][0]

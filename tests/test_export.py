@@ -9,7 +9,7 @@ import torch
 from conftest import SAMPLES, Worker, run, transcripts
 
 import export_model
-from decoder import PRECISIONS
+from engine.precision import PRECISIONS
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

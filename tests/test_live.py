@@ -9,7 +9,6 @@ import time
 import wave
 from http import HTTPStatus
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,8 +19,8 @@ from ts.context import Context, RequestProcessor
 
 import export_model
 from benchmarks import engine
-from handler import ModelHandler
-from live import Live
+from handler import decode_audio, words_of
+from live import LiveHandler
 
 IDLE = {"sequenceBatching": True, "sequenceMaxIdleMSec": 10_000}
 
@@ -33,7 +32,7 @@ class LiveWorker:
         config = IDLE | {"handler": settings}
         manifest = {"model": {"serializedFile": model.name}}
         self.context = Context("emformer_asr_live", str(model.parent), manifest, 1, None, "0", model_yaml_config=config)
-        self.handler = ModelHandler()
+        self.handler = LiveHandler()
         self.handler.initialize(self.context)
 
     def answer(self, *pieces: tuple[dict, bytes]) -> list[tuple[int, dict]]:
@@ -89,7 +88,7 @@ def live(digits_pt) -> LiveWorker:
 def strings(worker) -> list[bytes]:
     """PCM of fifty strings of one to six samples, quiet and loud, that end anywhere."""
     rng = random.Random(8)
-    sounds = [worker.handler._waveform((SAMPLES / name).read_bytes()) for name in sorted(transcripts("digits"))]
+    sounds = [decode_audio((SAMPLES / name).read_bytes()) for name in sorted(transcripts("digits"))]
     made = []
     for _ in range(50):
         string = torch.cat([rng.choice(sounds) * rng.uniform(0.1, 1.0) for _ in range(rng.randint(1, 6))])
@@ -108,7 +107,8 @@ def whole(worker, pcm: bytes, beam_width: int = 1) -> list:
 def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     """The final answer has the tokens, times and probabilities of the whole sound in one request."""
     [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
-    words = worker.handler._words(tokens, score, frames, log_probs, len(pcm) / 32_000)
+    naming = (worker.handler.tokens_to_text, worker.handler.word_delays)
+    words = words_of(tokens, score, frames, log_probs, len(pcm) / 32_000, *naming)
     assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
     assert [[word["word"], word["start"], word["end"]] for word in sequence_answer["words"]] == [
         [word["word"], word["start"], word["end"]] for word in words
@@ -124,7 +124,7 @@ def features_of(worker, pcm: bytes) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", sorted(transcripts("digits")))
 def test_every_sample_in_pieces_gives_the_text_and_the_words_of_the_whole(live, worker, name):
-    pcm = pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes()))
+    pcm = pcm_of(decode_audio((SAMPLES / name).read_bytes()))
     sizes = random.Random(name)
     for repeat in range(3):
         answer = say(live, f"{Path(name).stem}-{repeat}", cut(pcm, sizes))
@@ -212,7 +212,7 @@ def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces(tmp_path, work
     file = engine.save(engine.script(engine.stand_in(1.65), "fp32"), tmp_path / "emformer_rnnt.pt")
     live, offline = LiveWorker(file, beam_width=beam_width), Worker(file, {"beam_width": beam_width})
     names = ["sentence.wav", "three-digits.wav", "pin.webm", "telephone.wav"]
-    sounds = {name.split(".")[0]: pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes())) for name in names}
+    sounds = {name.split(".")[0]: pcm_of(decode_audio((SAMPLES / name).read_bytes())) for name in names}
     sizes, words = random.Random(76), 0
     left = {name: list(enumerate(cut(pcm, sizes))) for name, pcm in sounds.items()}
     while left:
@@ -271,7 +271,7 @@ def test_a_wrong_first_piece_is_refused_with_a_sentence(live, sent, status, kind
     assert (code, error["code"], error["type"]) == (status, status, kind)
     assert len(error["message"]) > 30
     assert live.ends()  # and takes no place
-    assert live.answer((headers(f"right-{len(live.handler.live.over)}", 0, True), SECOND))[0][0] == 200
+    assert live.answer((headers(f"right-{len(live.handler.over)}", 0, True), SECOND))[0][0] == 200
 
 
 def test_bytes_that_are_no_pcm_are_refused_and_the_sequence_goes_on(live, worker, strings):
@@ -333,7 +333,7 @@ def test_a_silent_client_is_forgotten_and_told_so(digits_pt, monkeypatch):
     [(status, error)] = live.answer((headers("silent", 1), SECOND))
     assert (status, error["type"]) == (410, "SequenceEnded") and "idle for more than 10 s" in error["message"]
     assert live.answer((headers("done", 1), SECOND))[0][0] == 410
-    assert live.handler.live.sequences == {}
+    assert live.handler.sequences == {}
 
 
 def test_who_has_to_wait_for_a_long_batch_is_not_forgotten(digits_pt, monkeypatch):
@@ -341,9 +341,9 @@ def test_who_has_to_wait_for_a_long_batch_is_not_forgotten(digits_pt, monkeypatc
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for name in ("slow", "waits"):
         assert live.answer((headers(name, 0), SECOND))[0][0] == 200
-    advance = live.handler.live._advance
+    advance = live.handler._advance
     with monkeypatch.context() as busy:  # so many that they take a minute
-        busy.setattr(live.handler.live, "_advance", lambda *work: (advance(*work), now.append(now.pop() + 60))[0])
+        busy.setattr(live.handler, "_advance", lambda *work: (advance(*work), now.append(now.pop() + 60))[0])
         assert live.answer((headers("slow", 1), SECOND))[0][0] == 200
     assert [status for status, _ in live.answer((headers("waits", 1), SECOND), (headers("slow", 2), SECOND))] == [
         200,
@@ -373,7 +373,7 @@ def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, 
     live = LiveWorker(digits_pt)
     pcm = strings[4][:64_000]
     live.answer((headers("good", 0), pcm[:32_000]), (headers("bad", 0), pcm[:32_000]))
-    bad = live.handler.live.sequences["bad"]
+    bad = live.handler.sequences["bad"]
     bad.stream = (*bad.stream[:2], [], *bad.stream[3:])
     good, failed = live.answer((headers("good", 1, True), pcm[32_000:]), (headers("bad", 1), pcm[32_000:]))
     assert (good[0], failed[0], failed[1]["type"]) == (200, 500, "InternalError")
@@ -391,7 +391,7 @@ def test_what_has_settled_is_not_carried_along(digits_pt, worker, strings, beam_
         [(status, answer)] = live.answer((headers(f"settled-{beam_width}", number, number == len(pieces) - 1), piece))
         assert status == 200
         if not answer["final"]:
-            _, _, _, (hypotheses, *_), _ = live.handler.live.sequences[f"settled-{beam_width}"].stream
+            _, _, _, (hypotheses, *_), _ = live.handler.sequences[f"settled-{beam_width}"].stream
             carried.append(max(len(hypothesis[0]) for hypothesis in hypotheses))
     assert_same(offline, pcm, answer)
     assert len(answer["words"]) > 60 and statistics.median(carried) < 20
@@ -401,7 +401,7 @@ def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
     kept = []
     for number in range(60):
         live.answer((headers("memory", number), SECOND))
-        sequence = live.handler.live.sequences["memory"]
+        sequence = live.handler.sequences["memory"]
         features, _, past, *_ = sequence.stream
         tensors = [sequence.samples, features, *past]
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
@@ -409,10 +409,10 @@ def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
 
 
 def test_a_model_file_that_cannot_stream_is_refused(tmp_path):
-    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "emformer_rnnt.pt"))
-    handler = SimpleNamespace(model=torch.jit.load(str(tmp_path / "emformer_rnnt.pt")))
+    files = {name: (export_model.DIGITS / name).read_bytes() for name in ("global_stats.json", "tokenizer.model")}
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), str(tmp_path / "emformer_rnnt.pt"), _extra_files=files)
     with pytest.raises(ValueError, match="write it anew"):
-        Live(handler, IDLE)
+        LiveWorker(tmp_path / "emformer_rnnt.pt")
 
 
 def test_the_readme_lists_every_error():

@@ -21,6 +21,8 @@ from conftest import ROOT, SAMPLES, Server, transcripts
 from test_api import grpc_call
 from test_live import cut, headers, pcm_of
 
+from handler import decode_audio
+
 IDLE = 3.0  # seconds
 PLACES = 24  # of a worker
 WORKERS = 2
@@ -41,7 +43,7 @@ def live(digits_pt):
 def spoken(worker) -> dict[str, bytes]:
     """Text -> PCM of every sample."""
     sounds = transcripts("digits")
-    return {text: pcm_of(worker.handler._waveform((SAMPLES / name).read_bytes())) for name, text in sounds.items()}
+    return {text: pcm_of(decode_audio((SAMPLES / name).read_bytes())) for name, text in sounds.items()}
 
 
 class Speaker:

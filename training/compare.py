@@ -22,6 +22,7 @@ from evaluate import WORDS, Recogniser, errors, read_transcripts
 from tqdm import tqdm
 
 import export_model
+from handler import SAMPLE_RATE, decode_audio
 
 # Whisper's ways of writing a digit that somebody said.
 NUMERALS = dict(zip("0123456789", WORDS[:10], strict=True))
@@ -74,7 +75,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     recognisers: dict[str, tuple[Callable[[torch.Tensor], str], float]] = {}
-    ours = Recogniser("fp32", 1)
     for precision, beam_width in (("fp32", 1), ("fp32", 10), ("int8", 1)):
         handler = Recogniser(precision, beam_width).handler
 
@@ -90,9 +90,9 @@ def main() -> None:
     print(f"{'':28} {'set':20} {'WER':>7} {'of words':>9} {'s per s':>8} {'MB':>6}")
     for folder in args.data:
         rows = read_transcripts(folder)[:: args.every]
-        waveforms = [ours.handler._waveform((folder / row["file"]).read_bytes()) for row in rows]
+        waveforms = [decode_audio((folder / row["file"]).read_bytes()) for row in rows]
         texts = [normalised(row["text"]) for row in rows]
-        duration = sum(len(waveform) for waveform in waveforms) / ours.handler.sample_rate
+        duration = sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE
         for name, (recognise, size) in recognisers.items():
             recognise(waveforms[0])
             started = time.perf_counter()

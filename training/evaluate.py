@@ -23,7 +23,7 @@ from ts.context import Context, RequestProcessor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
-from decoder import PRECISIONS  # noqa: E402
+from engine.precision import PRECISIONS  # noqa: E402
 from handler import ModelHandler  # noqa: E402
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]

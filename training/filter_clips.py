@@ -17,6 +17,8 @@ from compare import normalised, whisper
 from evaluate import Recogniser
 from tqdm import tqdm
 
+from handler import decode_audio
+
 ENOUGH = 1 / 3  # word error rate above which a clip counts as not heard
 
 
@@ -35,7 +37,7 @@ def main() -> None:
             suspects.append((path, text))
     recognise, rejected = whisper(args.whisper), []
     for path, text in tqdm(suspects, unit="clip", desc="Whisper"):
-        heard = recognise(ours.handler._waveform(path.with_suffix(".wav").read_bytes()))
+        heard = recognise(decode_audio(path.with_suffix(".wav").read_bytes()))
         if jiwer.wer(normalised(text), normalised(heard)) > ENOUGH:
             rejected.append(path.stem)
     (args.clips / "rejected.txt").write_text("".join(f"{name}\n" for name in rejected))

@@ -1,0 +1,330 @@
+"""The RNN-T beam search: encodings to hypotheses, with the tokens and scores of torchaudio's ``RNNTBeamSearch``.
+
+``BeamSearch`` holds the predictor and the joiner and goes on from a ``Beam`` over as many encoder frames as it gets. It
+knows nothing of features or streams: decoder.py hands it encodings, one utterance at a time.
+
+Sources: RNN-T (Graves 2012, arXiv 1211.3711), as torchaudio.models.RNNTBeamSearch searches it; joining several frames
+at once is WIND (Xu et al. 2025, arXiv 2505.13765).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torchaudio.models import RNNT, Hypothesis
+
+# Rows (hypotheses x frames) that one call of the joiner is filled up to: XNNPACK's widest kernel computes seven
+# rows in the time in which it reads the weights once.
+JOINER_ROWS = 7
+# Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
+MAX_TOKENS_PER_FRAME = 100
+
+
+class LSTMLayer(torch.nn.Module):
+    """One step of torchaudio's ``_CustomLSTM``, both of its products in one."""
+
+    def __init__(self, lstm: torch.nn.Module) -> None:
+        super().__init__()
+        self.gates = summed([lstm.x2g, lstm.p2g])
+        self.gate_norm = lstm.g_norm
+        self.cell_norm = lstm.c_norm
+
+    def forward(self, input: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """From (n, D) and (n, 2, H), hidden and cell, to the next (n, 2, H)."""
+        hidden, cell = state.unbind(1)
+        gates = self.gate_norm(self.gates(torch.cat([input, hidden], dim=1)))
+        input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, 1)
+        cell = self.cell_norm(forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh())
+        return torch.stack([output_gate.sigmoid() * cell.tanh(), cell], dim=1)
+
+
+class Predictor(torch.nn.Module):
+    """torchaudio's ``_Predictor``, one token at a time, its state in one tensor."""
+
+    def __init__(self, predictor: torch.nn.Module) -> None:
+        super().__init__()
+        self.embedding = predictor.embedding
+        self.input_layer_norm = predictor.input_layer_norm
+        self.lstm_layers = torch.nn.ModuleList(LSTMLayer(lstm) for lstm in predictor.lstm_layers)
+        self.hidden_dim: int = predictor.lstm_layers[0].hidden_dim
+        self.linear = predictor.linear
+        self.output_layer_norm = predictor.output_layer_norm
+
+    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
+        output = self.input_layer_norm(self.embedding(tokens))
+        states: list[torch.Tensor] = []
+        for i, lstm in enumerate(self.lstm_layers):
+            states.append(lstm(output, state[:, i]))
+            output = states[-1][:, 0]
+        return self.output_layer_norm(self.linear(output)), torch.stack(states, dim=1)
+
+
+class Beam(NamedTuple):
+    """What the search carries from one window of encodings to the next, the best hypothesis first."""
+
+    hypotheses: list[Hypothesis]
+    frames: list[list[int]]  # of each hypothesis: the encoder frame at which each token was emitted
+    log_probs: list[list[float]]  # of each hypothesis: the log-probability of each token there
+    searched: int  # encoder frames so far
+    settled: int  # tokens that all of them begin with and that were taken out, see ``Decoder.advance``
+
+
+class PrefixTree:
+    """The token lists of a search, each one a node, and what the predictor makes of them.
+
+    That depends on the tokens alone, so it is computed once a node, however many paths come by.
+    """
+
+    def __init__(self, vocabulary: int, root_length: int) -> None:
+        self.vocabulary = vocabulary
+        self.children: dict[int, int] = {}  # node * vocabulary + token -> node
+        self.lengths = [root_length]  # number of tokens, the leading blank included
+        self.outputs = [torch.empty(0)]  # predictor output (D,), empty until it is computed
+        self.states = [torch.empty(0)]  # predictor state (layers, 2, H)
+
+    def child(self, node: int, token: int) -> int:
+        """The node of ``node``'s tokens and ``token``."""
+        key = node * self.vocabulary + token
+        if key not in self.children:
+            self.children[key] = len(self.lengths)
+            self.lengths.append(self.lengths[node] + 1)
+            self.outputs.append(torch.empty(0))
+            self.states.append(torch.empty(0))
+        return self.children[key]
+
+
+class Emission(NamedTuple):
+    """A token that a path has emitted."""
+
+    before: int  # the emission before it
+    token: int
+    frame: int  # of the encodings that are searched
+    log_prob: float
+
+
+class Path(NamedTuple):
+    """A hypothesis inside ``BeamSearch``."""
+
+    node: int  # in the prefix tree: equal nodes are equal token lists
+    last: int  # its last emission
+    score: float
+    start: int  # the frame that the next three begin with
+    blank: list[float]  # of each frame: log-probability of blank
+    best: list[float]  # of each frame: log-probability of the best other token
+    log_probs: torch.Tensor  # (frames, vocabulary)
+
+
+class BeamSearch(torch.nn.Module):
+    """Goes on from one beam to the next, see ``forward``.
+
+    Args:
+        model (torchaudio.models.RNNT): whose predictor and joiner are used.
+        blank (int): index of the blank token, which is the last one of the vocabulary.
+
+    Raises:
+        ValueError: blank is another token.
+    """
+
+    def __init__(self, model: RNNT, blank: int) -> None:
+        super().__init__()
+        if blank != model.joiner.linear.out_features - 1:
+            raise ValueError("The blank token must be the last one of the vocabulary.")
+        self.predictor = Predictor(model.predictor)
+        self.joiner = model.joiner.linear
+        self.activation = model.joiner.activation
+        self.blank = blank
+        # TorchScript sees attributes, not this file's constants.
+        self.joiner_rows: int = JOINER_ROWS
+        self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
+
+    def first_beam(self) -> Beam:
+        """One hypothesis: no token but the leading blank."""
+        device, layers = self.predictor.embedding.weight.device, len(self.predictor.lstm_layers)
+        state = torch.zeros(1, layers, 2, self.predictor.hidden_dim, device=device)
+        output, state = self.predictor(torch.tensor([self.blank], device=device), state)
+        return beam_of([self._hypothesis([self.blank], output[0], state[0], 0.0)])
+
+    def _hypothesis(self, tokens: list[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
+        """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
+        return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
+
+    def forward(self, encodings: torch.Tensor, beam: Beam, beam_width: int) -> Beam:
+        """Go on from ``beam`` over (T, D) encodings, by ``RNNTBeamSearch``'s rules.
+
+        In a frame, every active path ends with blank; the best extensions of the active paths by a token that
+        beat the ``beam_width``-th best ended path become the active paths, until there is none.
+        """
+        beam_width = min(beam_width, self.blank)
+        common = common_length(beam.hypotheses)
+        tree = PrefixTree(self.blank + 1, common + beam.settled)
+        # The first ones stand for ``beam``'s hypotheses, with nothing before them.
+        emissions: list[Emission] = []
+        paths: list[Path] = []
+        for tokens, output, state, score in beam.hypotheses:
+            node = 0
+            for token in tokens[common:]:
+                node = tree.child(node, token)
+            tree.outputs[node] = output[0]
+            tree.states[node] = torch.stack([torch.cat(layer) for layer in state])
+            paths.append(Path(node, len(emissions), float32(score), 0, [], [], torch.empty(0)))
+            emissions.append(Emission(-1, -1, -1, 0.0))
+
+        for t in range(encodings.size(0)):
+            active, ended = paths, torch.jit.annotate(list[Path], [])
+            place: dict[int, int] = {}  # of a node in ``ended``
+            for emitted in range(self.max_tokens_per_frame + 1):
+                active = self._joined(active, tree, encodings, t)
+                for path in active:
+                    path = with_score(path, path.score + path.blank[t - path.start])
+                    if path.node in place:  # the same tokens, emitted at other frames: their probabilities add up
+                        other = ended[place[path.node]]
+                        better, worse = (path, other) if path.score > other.score else (other, path)
+                        score = better.score + math.log1p(math.exp(worse.score - better.score))
+                        ended[place[path.node]] = with_score(better, score)
+                    else:
+                        place[path.node] = len(ended)
+                        ended.append(path)
+                if emitted < self.max_tokens_per_frame:
+                    threshold = -math.inf
+                    if len(ended) >= beam_width:
+                        threshold = sorted([path.score for path in ended])[-beam_width]
+                    active = self._extended(active, threshold, beam_width, tree, emissions, t)
+                if len(active) == 0:
+                    break
+            paths = ended if len(ended) <= beam_width else best_paths(ended, tree, beam_width)
+
+        hypotheses: list[Hypothesis] = []
+        frames: list[list[int]] = []
+        log_probs: list[list[float]] = []
+        for path in best_paths(paths, tree, beam_width):
+            own: list[Emission] = []
+            last = path.last
+            while emissions[last].before >= 0:
+                own.append(emissions[last])
+                last = emissions[last].before
+            own.reverse()
+            tokens = beam.hypotheses[last][0] + [emission.token for emission in own]
+            hypotheses.append(self._hypothesis(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
+            frames.append(beam.frames[last] + [beam.searched + emission.frame for emission in own])
+            log_probs.append(beam.log_probs[last] + [emission.log_prob for emission in own])
+        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0), beam.settled)
+
+    def _extended(
+        self,
+        paths: list[Path],
+        threshold: float,
+        beam_width: int,
+        tree: PrefixTree,
+        emissions: list[Emission],
+        t: int,
+    ) -> list[Path]:
+        """The ``beam_width`` best extensions of ``paths`` by a token, of those that beat ``threshold``."""
+        # A path whose best token does not beat the threshold has none that does: at most frames nothing is left,
+        # and nothing has to be sorted.
+        growing = torch.jit.annotate(list[Path], [])
+        for path in paths:
+            if float32(path.score + path.best[t - path.start]) > threshold:
+                growing.append(path)
+        extensions = torch.jit.annotate(list[Path], [])
+        if len(growing) == 0:
+            return extensions
+
+        log_probs = torch.stack([path.log_probs[t - path.start] for path in growing])[:, : self.blank]
+        scores = torch.tensor([path.score for path in growing]).unsqueeze(1) + log_probs
+        best, index = scores.flatten().topk(beam_width)
+        best_scores: list[float] = best.tolist()
+        best_index: list[int] = index.tolist()
+        best_log_probs: list[float] = log_probs.flatten()[index].tolist()
+        new_nodes: list[int] = []
+        new_tokens: list[int] = []
+        parents: list[torch.Tensor] = []
+        for score, i, log_prob in zip(best_scores, best_index, best_log_probs):  # noqa: B905 (TorchScript)
+            if score > threshold:
+                path, token = growing[i // self.blank], i % self.blank
+                node = tree.child(path.node, token)
+                if tree.outputs[node].numel() == 0:
+                    new_nodes.append(node)
+                    new_tokens.append(token)
+                    parents.append(tree.states[path.node])
+                extensions.append(Path(node, len(emissions), score, t, [], [], torch.empty(0)))
+                emissions.append(Emission(path.last, token, t, log_prob))
+        if len(new_nodes) > 0:
+            outputs, states = self.predictor(torch.tensor(new_tokens, device=parents[0].device), torch.stack(parents))
+            for i, node in enumerate(new_nodes):
+                tree.outputs[node], tree.states[node] = outputs[i], states[i]
+        return extensions
+
+    def _joined(self, paths: list[Path], tree: PrefixTree, encodings: torch.Tensor, t: int) -> list[Path]:
+        """``paths``, each with its log-probabilities for frame ``t``.
+
+        They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
+        same product and keeps them for as long as it lives. (At int8, what shares a call rounds a little otherwise.)
+        """
+        missing: list[torch.Tensor] = []
+        for path in paths:
+            if t >= path.start + len(path.blank):
+                missing.append(tree.outputs[path.node])
+        if len(missing) == 0:
+            return paths
+        source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
+        target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
+        log_probs = torch.log_softmax(self.joiner(self.activation(source + target)), dim=2).cpu()  # (paths, W, V)
+        blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
+        best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
+        joined: list[Path] = []
+        row = 0
+        for path in paths:
+            if t >= path.start + len(path.blank):
+                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], log_probs[row]))
+                row += 1
+            else:
+                joined.append(path)
+        return joined
+
+
+def best_paths(paths: list[Path], tree: PrefixTree, beam_width: int) -> list[Path]:
+    """The ``beam_width`` best of ``paths`` by score for their length, the best first."""
+    scores = torch.tensor([path.score / (tree.lengths[path.node] + 1) for path in paths])
+    order: list[int] = scores.topk(min(beam_width, len(paths))).indices.tolist()
+    return [paths[i] for i in order]
+
+
+def common_length(hypotheses: list[Hypothesis]) -> int:
+    """Number of leading tokens that all hypotheses share, or fewer."""
+    shortest = min([len(hypothesis[0]) for hypothesis in hypotheses])
+    common, back = shortest, 1
+    while any([hypothesis[0][:common] != hypotheses[0][0][:common] for hypothesis in hypotheses]):
+        common, back = max(shortest - back, 0), back * 2
+    return common
+
+
+def beam_of(hypotheses: list[Hypothesis]) -> Beam:
+    """A beam that begins with ``hypotheses``; where their tokens were emitted is not known."""
+    frames = [torch.jit.annotate(list[int], []) for _ in hypotheses]
+    log_probs = [torch.jit.annotate(list[float], []) for _ in hypotheses]
+    return Beam(hypotheses, frames, log_probs, 0, 0)
+
+
+def with_score(path: Path, score: float) -> Path:
+    """``path`` with another score."""
+    return Path(path.node, path.last, float32(score), path.start, path.blank, path.best, path.log_probs)
+
+
+def float32(number: float) -> float:
+    """Round to single precision, as ``RNNTBeamSearch`` does with every score (Dekker 1971, Veltkamp's splitting)."""
+    if math.isinf(number):
+        return number
+    scaled = 536870913.0 * number  # 2 ** 29 + 1: double has 29 bits more than single
+    return scaled - (scaled - number)
+
+
+def summed(linears: list[torch.nn.Linear]) -> torch.nn.Linear:
+    """One linear layer of several inputs behind each other that adds up what each one's layer gives."""
+    weight = torch.cat([linear.weight.detach() for linear in linears], dim=1)
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    one = torch.nn.Linear(weight.size(1), weight.size(0), bias=len(biases) > 0)
+    one.weight.data = weight
+    if biases:
+        one.bias.data = torch.stack(biases).sum(0)
+    return one
