@@ -1,10 +1,14 @@
 # make run    set everything up, start the server, transcribe the sample audio
 # make run-live   start both archives, that for live speech, too, and let it hear a sample
-# make test   set everything up, run every test
+# make check  set everything up, lint, run the tests that need no server
+# make test   the same, and every other test
 # make stop   stop the server
 # make clean  remove what was built (the virtual environment stays)
 
-PYTHON ?= python3.11
+# The newest Python that is there, unless PYTHON= names another.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3.10 python3; do \
+  $$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 # Which model to serve: digits or librispeech; and fp32, bf16 or int8.
 MODEL ?= digits
 PRECISION ?= fp32
@@ -12,7 +16,7 @@ PRECISION ?= fp32
 BIN := .venv/bin
 CHOICE := build/$(MODEL)-$(PRECISION).choice
 
-.PHONY: run run-live test stop clean
+.PHONY: run run-live lint check test stop clean
 .DELETE_ON_ERROR:
 
 run: model_store/emformer_asr.mar
@@ -23,9 +27,14 @@ run-live: model_store/emformer_asr.mar model_store/emformer_asr_live.mar build/c
 	@$(BIN)/python serve.py start --live --config build/config-live.properties
 	@$(BIN)/python serve.py samples --live
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint
+	$(BIN)/python -m pytest -n 2 -m "not server and not slow"
+
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 stop:
@@ -35,10 +44,11 @@ clean:
 	rm -rf build model_store logs
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-	  { echo "Python 3.11 is needed and '$(PYTHON)' is not it: install it, or name it with make PYTHON=/path/to/python3.11." >&2; exit 1; }
-	@echo "Creating .venv"
-	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) could not create a virtual environment (on Debian: apt install python3.11-venv)." >&2; exit 1; }
+	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || \
+	  { echo "A Python of 3.10 to 3.13 that can make virtual environments is needed (on Debian: apt install python3-venv)," \
+	    "and '$(PYTHON)' is not one: install it, or name it with make PYTHON=/path/to/python3.12." >&2; exit 1; }
+	@echo "Creating .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: requirements.txt | .venv/bin/python
 	@echo "Installing requirements.txt (PyTorch is large: some minutes the first time)"

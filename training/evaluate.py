@@ -1,6 +1,6 @@
 """Word error rate of the digits model on a folder of audio files, through the exported file and the handler.
 
-    python evaluate.py --data data/test/heldout-clean
+    python evaluate.py                       # the model card's table
     python evaluate.py --data ~/recordings --precision fp32 --beam-width 1
 
 The folder holds audio files of any kind and ``transcripts.tsv``: columns ``file`` and ``text``, and ``speaker`` if
@@ -40,10 +40,11 @@ def read_transcripts(folder: Path) -> list[dict[str, str]]:
 class Recogniser:
     """The handler with an exported model, called as TorchServe calls it."""
 
-    def __init__(self, precision: str, beam_width: int, checkpoint: Path | None = None) -> None:
+    def __init__(self, precision: str, beam_width: int, model: Path | None = None) -> None:
+        export_model.DIGITS = model or export_model.DIGITS
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "emformer_rnnt.pt"
-            export_model.export("digits", path, precision, checkpoint)
+            export_model.export("digits", path, precision)
             manifest = {"model": {"serializedFile": path.name}}
             config = {"handler": {"beam_width": beam_width}}
             self.context = Context("emformer_asr", folder, manifest, 1, None, "0", model_yaml_config=config)
@@ -95,56 +96,71 @@ def seconds(path: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, nargs="+", help="folders with transcripts.tsv")
+    parser.add_argument("--data", type=Path, nargs="+", help="folders with transcripts.tsv; default: data/test/*")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp32", "int8"])
     parser.add_argument("--beam-width", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--checkpoint", type=Path, help="state dict instead of models/digits/weights.pt")
+    parser.add_argument("--model", type=Path, help="a folder that train.py wrote, instead of models/digits")
     parser.add_argument("--every", type=int, default=1, help="take every n-th file only")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sets = {folder: read_transcripts(folder)[:: args.every] for folder in args.data}
+    folders = args.data or sorted(path.parent for path in Path("data/test").glob("*/transcripts.tsv"))
+    sets = {folder: read_transcripts(folder)[:: args.every] for folder in folders}
     settings = [(precision, beam_width) for precision in args.precision for beam_width in args.beam_width]
+    table = {folder: [describe(folder, rows)] for folder, rows in sets.items()}
     for precision, beam_width in settings:
-        recognise = Recogniser(precision, beam_width, args.checkpoint)
+        recognise = Recogniser(precision, beam_width, args.model)
         for folder, rows in sets.items():
             label = f"{folder.name}, {precision}, beam {beam_width}"
             heard = [recognise(folder / row["file"]) for row in tqdm(rows, desc=label, leave=False, unit="file")]
-            report(
-                label,
-                folder,
-                rows,
-                heard,
-                tables=(precision, beam_width) == settings[0],
-            )
+            result = measured(folder, rows, heard)
+            table[folder].append(result)
+            print(f"{label}: {result}", flush=True)
+            if (precision, beam_width) == settings[0]:
+                print_details(rows, heard)
+    print("\n| |" + "".join(f" `{precision}`, beam {beam_width} |" for precision, beam_width in settings))
+    print("|---|" + "---|" * len(settings))
+    for cells in table.values():
+        print(f"| {' | '.join(cells)} |")
 
 
-def report(label: str, folder: Path, rows: list[dict[str, str]], heard: list[str], tables: bool) -> None:
+def describe(folder: Path, rows: list[dict[str, str]]) -> str:
+    """The name of a set, and how many words or minutes it has."""
+    words = sum(len(row["text"].split()) for row in rows)
+    return f"{folder.name}, " + (f"{words} words" if words else f"{minutes(folder, rows):.1f} min")
+
+
+def minutes(folder: Path, rows: list[dict[str, str]]) -> float:
+    return sum(seconds(folder / row["file"]) for row in rows) / 60
+
+
+def measured(folder: Path, rows: list[dict[str, str]], heard: list[str]) -> str:
+    """Word error rate with (insertions, deletions, substitutions), or words a minute where nothing is to be heard."""
     texts = [row["text"] for row in rows]
     if not any(texts):
-        minutes = sum(seconds(folder / row["file"]) for row in rows) / 60
-        inserted = sum(len(text.split()) for text in heard)
-        print(f"{label}: {inserted} words inserted in {minutes:.1f} minutes, {inserted / minutes:.2f} a minute")
+        return f"{sum(len(text.split()) for text in heard) / minutes(folder, rows):.2f} words a minute"
+    words, *kinds = errors(texts, heard)
+    return f"{100 * sum(kinds) / words:.1f}% ({', '.join(map(str, kinds))})"
+
+
+def print_details(rows: list[dict[str, str]], heard: list[str]) -> None:
+    """What went wrong: by source, by speaker, by word."""
+    pairs = [(row["text"], text) for row, text in zip(rows, heard, strict=True)]
+    if not any(text for text, _ in pairs):
         for row, text in zip(rows, heard, strict=True):
-            if tables and text:
+            if text:
                 print(f"    {row['file']}: {text}")
         return
-    words, insertions, deletions, substitutions = errors(texts, heard)
-    wrong = sum(text != answer for text, answer in zip(texts, heard, strict=True))
-    total = insertions + deletions + substitutions
-    print(
-        f"{label}: WER {100 * total / words:.2f}% of {words} words "
-        f"({insertions} inserted, {deletions} deleted, {substitutions} substituted); {wrong} of {len(rows)} files wrong"
-    )
-    if not tables:
-        return
-    speakers = defaultdict(list)
-    for row, text in zip(rows, heard, strict=True):
-        speakers[row["speaker"]].append((row["text"], text))
-    if len(speakers) > 1:
-        for speaker, pairs in sorted(speakers.items()):
-            words, *kinds = errors(*map(list, zip(*pairs, strict=True)))
-            print(f"    {speaker:32} {100 * sum(kinds) / words:6.2f}% of {words}")
-    print_confusions(confusions(texts, heard))
+    groups = defaultdict(list)
+    for row, pair in zip(rows, pairs, strict=True):
+        source, _, name = row["speaker"].rpartition("-")
+        groups[source + "-*" if source else row["speaker"]].append(pair)  # a source's speakers begin with its name
+        if source:
+            groups[row["speaker"]].append(pair)
+    for name, chosen in sorted(groups.items()):
+        words, *kinds = errors(*map(list, zip(*chosen, strict=True)))
+        if sum(kinds):
+            print(f"    {name:32} {100 * sum(kinds) / words:6.2f}% of {words}")
+    print_confusions(confusions(*map(list, zip(*pairs, strict=True))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Find clips that came out wrong: those that a digits model and Whisper both do not hear as what was to be said.
 
-    python filter_clips.py --clips data --checkpoint weights.pt --whisper whisper/tiny.en
+    python filter_clips.py --clips data --model ../models/digits --whisper whisper/tiny.en
 
 Whisper is slow and writes short strings of digits badly, so it is only asked about the clips in which the digits
 model gets more than a third of the words wrong; one that neither hears right is listed in ``rejected.txt`` beside the
@@ -25,11 +25,11 @@ ENOUGH = 1 / 3  # word error rate above which a clip counts as not heard
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("data"))
-    parser.add_argument("--checkpoint", type=Path, help="state dict instead of models/digits/weights.pt")
+    parser.add_argument("--model", type=Path, help="a folder that train.py wrote, instead of models/digits")
     parser.add_argument("--whisper", type=Path, required=True, help="a folder that faster-whisper reads")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ours = Recogniser("fp32", 1, args.checkpoint)
+    ours = Recogniser("fp32", 1, args.model)
     suspects = []
     for path in tqdm(sorted(args.clips.glob("train-*.json")), unit="clip", desc="digits model"):
         text = json.loads(path.read_text())["text"]
