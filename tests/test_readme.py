@@ -1,4 +1,4 @@
-"""The commands of the README, SECURITY.md and the Dockerfile do what stands there: all of them, in order."""
+"""The commands of the pages and of the Dockerfile do what stands there, all of them, in order."""
 
 import json
 import os
@@ -14,8 +14,22 @@ from conftest import BIN, ROOT, SAMPLES, post
 import serve
 
 TIMEOUT = 900
-# What no test can run: it does not end, or needs a screen, a download or Docker. All else is in blocks that are run.
+# In the order in which their commands are run: those of SECURITY.md change the configuration.
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "SECURITY.md",
+]
+# What no test can run: it does not end, takes long, or needs a microphone, a screen, a download, recordings or Docker.
+# All else is in blocks that are run.
 NOT_RUN = [
+    "$ make check",
+    "$ make test",
+    "$ .venv/bin/pip install -r benchmarks/requirements.txt",
+    "$ .venv/bin/python benchmarks/engine.py speed",
+    "$ .venv/bin/python training/evaluate.py --data FOLDER...",
+    "$ .venv/bin/python clients/live.py",
     "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
     "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ make run MODEL=librispeech",
@@ -26,17 +40,19 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 MARK = "=== block"
 
 
+def text_of_pages() -> str:
+    return "\n".join(page.read_text() for page in PAGES)
+
+
 def blocks(kind: str) -> list[str]:
-    """The fenced blocks of a kind in both documents."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
-    return [content for found, content in FENCE.findall(text) if found == kind]
+    """The fenced blocks of a kind in all pages."""
+    return [content for found, content in FENCE.findall(text_of_pages()) if found == kind]
 
 
 def promises() -> list[tuple[str, str]]:
     """Each shell block, with the output that stands right behind it, if any does."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
     shell = re.compile(r"^```sh\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.M | re.S)
-    return shell.findall(text)
+    return shell.findall(text_of_pages())
 
 
 def alike(line: str) -> str:
