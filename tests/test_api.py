@@ -1,4 +1,4 @@
-"""The README's tables, row by row, through a real TorchServe."""
+"""The tables of docs/, row by row, through a real TorchServe."""
 
 import base64
 import http.client
@@ -37,10 +37,11 @@ FORM = "application/x-www-form-urlencoded"
 
 
 def table(*columns: str) -> list[list[str]]:
-    """The rows of the README's table with these column names."""
+    """The rows of the only table in docs/ with these column names."""
+    text = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     [rows] = re.findall(
         rf"^\| {re.escape(' | '.join(columns))} \|\n\|[-|]+\|\n((?:\|.*\n)+)",
-        (ROOT / "README.md").read_text(),
+        text,
         flags=re.M,
     )
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]

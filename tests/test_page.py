@@ -32,7 +32,7 @@ class QuietFiles(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[str]:
-    """The address of the page, served as the README says."""
+    """The address of the page, served as docs/live.md says."""
     files = functools.partial(QuietFiles, directory=ROOT / "clients")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), files) as pages:
         threading.Thread(target=pages.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The commands of the README, SECURITY.md and the Dockerfile do what stands there: all of them, in order."""
+"""The commands of the pages and of the Dockerfile do what stands there, all of them, in order; links lead somewhere."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import BIN, ROOT, SAMPLES, post
@@ -14,8 +15,23 @@ from conftest import BIN, ROOT, SAMPLES, post
 import serve
 
 TIMEOUT = 900
-# What no test can run: it does not end, or needs a screen, a download or Docker. All else is in blocks that are run.
+# In the order in which their commands are run: those of SECURITY.md change the configuration.
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "SECURITY.md",
+]
+CARDS = [ROOT / "models" / "digits" / "README.md", ROOT / "training" / "README.md"]  # their links are checked, too
+# What no test can run: it does not end, takes long, or needs a microphone, a screen, a download, recordings or Docker.
+# All else is in blocks that are run.
 NOT_RUN = [
+    "$ make check",
+    "$ make test",
+    "$ .venv/bin/pip install -r benchmarks/requirements.txt",
+    "$ .venv/bin/python benchmarks/engine.py speed",
+    "$ .venv/bin/python training/evaluate.py --data FOLDER...",
+    "$ .venv/bin/python clients/live.py",
     "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
     "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ make run MODEL=librispeech",
@@ -23,20 +39,23 @@ NOT_RUN = [
     "$ docker run --rm -p 127.0.0.1:8080:8080 emformer-asr",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 MARK = "=== block"
 
 
+def text_of_pages() -> str:
+    return "\n".join(page.read_text() for page in PAGES)
+
+
 def blocks(kind: str) -> list[str]:
-    """The fenced blocks of a kind in both documents."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
-    return [content for found, content in FENCE.findall(text) if found == kind]
+    """The fenced blocks of a kind in all pages."""
+    return [content for found, content in FENCE.findall(text_of_pages()) if found == kind]
 
 
 def promises() -> list[tuple[str, str]]:
     """Each shell block, with the output that stands right behind it, if any does."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "SECURITY.md").read_text()
     shell = re.compile(r"^```sh\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", flags=re.M | re.S)
-    return shell.findall(text)
+    return shell.findall(text_of_pages())
 
 
 def alike(line: str) -> str:
@@ -69,6 +88,24 @@ def copy(tmp_path, new_server, digits_pt):
 
 def with_ports(text: str, ports: dict[str, str]) -> str:
     return re.sub(r"(?<=:)(8080|8081|8082|7070|7071)\b", lambda found: ports[found[0]], text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), flags=re.M)
+    texts = [LINK.sub(lambda link: link[0][link[0].index("[") + 1 : link[0].index("]")], each) for each in headings]
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
+
+
+@pytest.mark.parametrize("page", PAGES + CARDS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT.resolve()) and target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_commands_that_are_not_run_are_known():

@@ -1,4 +1,4 @@
-"""A real TorchServe on free ports: exported, archived, started, asked and stopped as the README says."""
+"""A real TorchServe on free ports: exported, archived, started, asked and stopped as the pages say."""
 
 import concurrent.futures
 import re
@@ -75,8 +75,9 @@ def test_curl_gets_the_text(server, options):
     assert done.stdout == "four seven two"
 
 
-def test_the_readmes_python_client_prints_the_text(server):
-    [client] = re.findall(r"^python -c '(.*?requests\.post.*?)'$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+def test_the_python_client_prints_the_text(server):
+    page = (ROOT / "docs" / "requests.md").read_text()
+    [client] = re.findall(r"^\.venv/bin/python -c '(.*?requests\.post.*?)'$", page, flags=re.M | re.S)
     client = client.replace("http://localhost:8080/predictions/emformer_asr", server.url)
     done = subprocess.run([sys.executable, "-c", client], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("four seven two\n", "")
