@@ -76,7 +76,7 @@ def copy(tmp_path, new_server, digits_pt):
     (folder / "config.properties").write_text(server.config.read_text())
     shims = tmp_path / "bin"
     shims.mkdir()
-    (shims / "python3.11").write_text("#!/bin/sh\n# the virtual environment is there\n")
+    (shims / "python3").write_text("#!/bin/sh\n# the virtual environment is there\n")
     (shims / "useradd").write_text("#!/bin/sh\n")
     for shim in shims.iterdir():
         shim.chmod(0o755)
