@@ -95,6 +95,7 @@ FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE
 MARKED = 0.25
 EARLIEST = 0.1
 LATEST = 0.12
+ALONE = 0.7  # seconds: a clip of a single word that is longer has something else around it
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
 ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
@@ -146,7 +147,8 @@ def loud_part(samples: np.ndarray, begin: int, end: int) -> tuple[int, int]:
     """Where a word that was cut from ``begin`` to ``end`` is less than 26 dB under its peak and above the noise."""
     frames = loudness(samples[begin:end])
     peak = frames.max(initial=1.0)
-    floor = np.percentile(frames, 10) if len(frames) else 0.0
+    # A word alone stands in noise; one that was cut out of a string has nothing around it that would tell of the noise.
+    floor = np.percentile(frames, 10) if len(frames) > ALONE * 200 else 0.0
     loud = np.flatnonzero(frames > min(max(0.05 * peak, 2 * floor), 0.3 * peak))
     return (begin + int(loud[0]) * 80, begin + int(loud[-1] + 1) * 80) if len(loud) else (begin, end)
 
