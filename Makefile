@@ -35,7 +35,7 @@ check: lint
 	$(BIN)/python -m pytest -n 2 -m "not server and not slow"
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 stop:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python serve.py stop; else echo "Nothing is installed here."; fi
