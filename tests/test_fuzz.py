@@ -11,6 +11,7 @@ import pytest
 from conftest import SAMPLES, Worker, transcripts
 from fuzzing import requests_of
 
+pytestmark = pytest.mark.slow
 THREE_DIGITS = (SAMPLES / "three-digits.wav").read_bytes()
 TEXT = transcripts("digits")["three-digits.wav"]
 STATUSES = {200, 400, 406, 413, 415}

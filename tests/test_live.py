@@ -206,6 +206,7 @@ def test_long_pieces_of_many_in_one_batch_give_what_the_whole_gives(digits_pt, w
         assert_same(worker, pcm, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam_width", [1, 4])
 def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces(tmp_path, worker, beam_width):
     """The 76.7 M architecture with random weights, four voices at once, their pieces of any sizes."""
