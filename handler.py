@@ -416,10 +416,6 @@ class ModelHandler:
         if self.settings["num_threads"] > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             # OpenMP reads it when torch is loaded, which TorchServe has done by now.
             logger.warning("num_threads > 1: start TorchServe with OMP_WAIT_POLICY=passive, or it is many times slower")
-        gpu_id = properties.get("gpu_id")
-        on_gpu = gpu_id is not None and torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
-
         model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         if not model_path.is_file():
             raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
@@ -429,9 +425,16 @@ class ModelHandler:
             if found != self.settings["sha256"]:
                 raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
-        self.model = torch.jit.load(str(model_path), map_location=self.device, _extra_files=files).eval()
+        model = torch.jit.load(str(model_path), map_location="cpu", _extra_files=files).eval()
         self._build_processors(files)
         metadata = json.loads(files["metadata.json"] or "{}")
+        gpu_id = properties.get("gpu_id")
+        on_gpu = gpu_id is not None and torch.cuda.is_available()
+        if on_gpu and metadata.get("precision") == "int8":
+            logger.warning("An int8 model runs on the CPU: PyTorch has its products for no GPU. Export fp32 or bf16.")
+            on_gpu = False
+        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
+        self.model = model.to(self.device)
         self.model_name = metadata.get("model", model_path.stem)
         self.word_delays = metadata.get("word_delays", {"start": 0.0, "end": 0.0})  # seconds, see export_model.py
         if hasattr(self.model, "decode"):
