@@ -72,16 +72,20 @@ def stand_in() -> RNNT:
 MODELS = {"76.7M": stand_in, "digits": digits}
 
 
-def engine_of(model: RNNT, precision: str, device: torch.device) -> torch.jit.ScriptModule:
-    """The engine as the handler has it: written by the export, loaded onto the device."""
-    file = io.BytesIO()
+@torch.inference_mode(False)
+def engine_of(name: str, precision: str, device: torch.device) -> torch.jit.ScriptModule:
+    """The engine as the handler has it: written by the export, loaded, moved onto the device."""
+    model, file = MODELS[name](), io.BytesIO()
     blank = model.joiner.linear.out_features - 1
     torch.jit.save(torch.jit.script(with_precision(Decoder(model, blank), precision)), file)
     file.seek(0)
-    return torch.jit.load(file).eval().to(device)
+    return torch.jit.load(file, map_location="cpu").eval().to(device)
 
 
-def reference_of(model: RNNT, device: torch.device) -> torch.jit.ScriptModule:
+@torch.inference_mode(False)
+def reference_of(name: str, device: torch.device) -> torch.jit.ScriptModule:
+    """torchaudio's search, scripted as in its example for TorchServe."""
+    model = MODELS[name]()
     blank = model.joiner.linear.out_features - 1
     return torch.jit.script(RNNTBeamSearch(model.to(device), blank)).eval()
 
@@ -137,8 +141,8 @@ def seconds_of(run: Callable[[], object], device: torch.device, warm_up: int, ru
 
 def equality(name: str, speech: list[torch.Tensor], device: torch.device) -> None:
     """Print how often the engine finds what torchaudio finds, and bfloat16 what float32 finds."""
-    reference = reference_of(MODELS[name](), device)
-    single, half = (engine_of(MODELS[name](), precision, device) for precision in ("fp32", "bf16"))
+    reference = reference_of(name, device)
+    single, half = (engine_of(name, precision, device) for precision in ("fp32", "bf16"))
     for beam_width in BEAM_WIDTHS:
         expected = [whole(reference, features, beam_width) for features in speech]
         found = [whole(single, features, beam_width) for features in speech]
@@ -153,7 +157,7 @@ def equality(name: str, speech: list[torch.Tensor], device: torch.device) -> Non
 
 def new_lengths(name: str, features: torch.Tensor, device: torch.device) -> None:
     """Print what the first two calls with an utterance of another length take."""
-    module = engine_of(MODELS[name](), "fp32", device)
+    module = engine_of(name, "fp32", device)
     for _ in range(4):  # as the handler warms up
         whole(module, features, 1)
     lengths = range(len(features) - 16, len(features) // 3, -23)
@@ -174,8 +178,8 @@ def table(names: list[str], speech: dict[str, torch.Tensor], device: torch.devic
     for name in names:
         features = speech[name]
         length = len(features) / 100
-        reference = reference_of(MODELS[name](), device)
-        engines = [engine_of(MODELS[name](), precision, device) for precision in ("fp32", "bf16")]
+        reference = reference_of(name, device)
+        engines = [engine_of(name, precision, device) for precision in ("fp32", "bf16")]
         every = sum(weights(module) for module in (reference, *engines))
 
         def measured(module, run: Callable[[], object], warm_up: int, every=every) -> tuple[float, str]:
