@@ -3,7 +3,7 @@
 Seven engines speak random digit strings: Kokoro-82M (its voices, and voices that nobody has, mixed from
 them), Hibari, SVOX Pico, flite, festival, espeak-ng, and Piper's voice "joe" for testing only. Some of the
 clips are spoken again by the WORLD vocoder with another pitch and vocal tract. One in four has no digit
-in it: other words, for which the model has to keep quiet. Whole voices are held out.
+in it: other words, for which the model has to keep quiet; so have the sentences. Whole voices are held out.
 
 Every clip is made from its own seed, so the set is the same on every machine, and a stopped run goes on
 where it stopped.
@@ -127,6 +127,76 @@ SENTENCES = [
     "He has been learning the violin since he was a child, and he practises every evening.",
     "If the train is late again, I shall take the bus and call you from the station.",
 ]
+
+# What is said in training where the words hang together. A word in five is replaced by any other.
+TRAINING_SENTENCES = """
+i would like to know when the next bus to the city leaves
+thank you for calling we will get back to you as soon as we can
+it is too late to go for a walk so let us stay at home
+my sister went to the market for bread and came back with flowers
+please turn the music down because the baby is asleep
+what do you think about the new teacher at our school
+we have been waiting for the doctor for almost an hour
+the dog ran after the ball and jumped over the fence
+there is nothing in the fridge so we ate at the restaurant around the corner
+she won the race and her friends were very happy for her
+can you tell me how to get to the station from here
+he forgot to lock the door before he left the house
+the movie was good but the book is much better
+how was your weekend did you go to the mountains
+i am going to call my mother and ask her for the recipe
+the computer is slow today and i have no idea why
+put the cups on the table and bring me a spoon
+we should leave early to avoid the traffic on the bridge
+it rained all day long and the streets were under water
+they want to build a bigger airport outside of town
+have you seen my glasses i left them somewhere in the kitchen
+to be honest i did not understand the question
+you ought to see a dentist if your tooth still hurts
+the old man told us a story about the war
+at first nobody believed what she said about the accident
+our neighbours have a garden full of apple trees
+let me know if you need anything else from the shop
+the sun is shining and the birds are singing in the trees
+this is a message for all passengers please do not leave your bags behind
+i was about to say the same thing
+would you like some tea or would you prefer coffee
+the meeting has been moved to monday morning
+who is going to pay for the broken window
+it was so cold that the lake was frozen for weeks
+remember to feed the cat and water the plants
+the price of oil has gone up again this year
+i used to play football but now i prefer to swim
+where did you put the keys to the car
+the children are too tired to do their homework
+he works for a large company and travels to other countries
+turn right behind the bank and go straight on until you see a park
+she has always wanted to learn how to sail
+open the window please it is getting hot in here
+nobody came to the party because of the storm
+the letter was sent to the wrong address
+if you ask me it is not worth the money
+we are looking for somebody who can speak french
+i cannot hear you could you say that again please
+that sounds like a great idea let us do it
+my phone is broken and i need to have it repaired
+the president said that taxes would not be raised
+oh no i think i have lost my wallet
+oh well it does not matter we can do it tomorrow
+yes i know but that is not what i meant
+no thanks i have already had enough
+hello this is a test of the microphone can you hear me
+good morning ladies and gentlemen and welcome on board
+play some music in the living room and switch off the lights
+set the alarm for tomorrow morning and wake me up early
+what is the weather going to be like at the weekend
+send an email to my boss and tell him that i am ill
+add milk butter and eggs to the shopping list
+how do you spell your name and where do you live
+stop go left go right up down yes no on off
+happy marvin sheila bird cat dog house tree bed wow
+enter help repeat erase yes no start stop rubout
+""".strip().splitlines()
 
 KOKORO_HELD_OUT = ["af_sarah", "am_michael", "bf_emma", "bm_lewis", "ef_dora", "zm_yunxi"]
 HELD_OUT = [*KOKORO_HELD_OUT, "joe", "flite-rms", "nanotts-en-GB", "festival-cmu_us_slt_arctic_hts"]
@@ -353,8 +423,12 @@ def make_clip(job: tuple[int, str, Path, Path]) -> None:
     rng = random.Random(f"{split}-{index}")
     voice = pick_voice(index, split, engines, rng)
     words = random_words(split, rng)
-    other = split == "other" or (split == "train" and rng.random() < 1 / 4)
-    if split == "other":
+    sentence = split == "train-sentences"
+    other = split == "other" or sentence or (split == "train" and rng.random() < 1 / 4)
+    if sentence:
+        words = rng.choice(TRAINING_SENTENCES).split()
+        words = [rng.choice(OTHER_WORDS) if rng.random() < 0.2 else word for word in words]
+    elif split == "other":
         words = re.sub(r"[^a-z ]", "", SENTENCES[index % len(SENTENCES)].lower()).split()
     elif other:
         words = [
@@ -375,7 +449,7 @@ def make_clip(job: tuple[int, str, Path, Path]) -> None:
     samples = torchaudio.functional.resample(torch.from_numpy(np.array(samples)), rate, SAMPLE_RATE).numpy()
     text = "" if other else " ".join(words)
     versions = [(path, voice, samples)]
-    if split == "train" and rng.random() < 0.5:
+    if split.startswith("train") and rng.random() < 0.5:
         again = output / f"{split}-{index:06d}-world.wav"
         versions.insert(0, (again, f"{voice}-world-{index}", respoken(samples, rng)))
     for file, name, wave in versions:
@@ -389,6 +463,7 @@ def main() -> None:
     parser.add_argument("--engines", type=Path, required=True, help="folder with kokoro.onnx, vocab.json and voices/")
     parser.add_argument("--output", type=Path, default=Path("data"))
     parser.add_argument("--train-clips", type=int, default=5000)
+    parser.add_argument("--sentence-clips", type=int, default=1000, help="without digits, for training")
     parser.add_argument("--heldout-clips", type=int, default=150)
     parser.add_argument("--other-clips", type=int, default=40, help="sentences without digits, in the held-out voices")
     parser.add_argument("--jobs", type=int, default=2)
@@ -397,6 +472,7 @@ def main() -> None:
     jobs = [(i, "heldout", args.engines, args.output) for i in range(args.heldout_clips)]
     jobs += [(i, "other", args.engines, args.output) for i in range(args.other_clips)]
     jobs += [(i, "train", args.engines, args.output) for i in range(args.train_clips)]
+    jobs += [(i, "train-sentences", args.engines, args.output) for i in range(args.sentence_clips)]
     torch.set_num_threads(1)
     with Pool(args.jobs) as pool:
         list(tqdm(pool.imap_unordered(make_clip, jobs, chunksize=4), total=len(jobs), unit="clip"))

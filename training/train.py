@@ -18,26 +18,24 @@ A run keeps ``checkpoint.pt`` (``polish.pt``) beside the clips and goes on from 
 import argparse
 import copy
 import dataclasses
-import io
 import itertools
 import json
-import math
 import os
 import random
+import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 # The process that makes the batches takes its time from the two that train: while they wait for each other they must
 # sleep and not spin, which would double the time of a step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import av
 import numpy as np
 import sentencepiece
 import soundfile
 import torch
 import torchaudio
+from augment import Augmenter, prepare_masks
 from torchaudio.models import emformer_rnnt_model
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 from tqdm import tqdm
@@ -77,16 +75,15 @@ PADDING = ARCHITECTURE["right_context_length"]
 ROUGH_STEPS = 1200  # over these steps more and more of the utterances pass through recorded()
 GROWTH = ((0.0, 3), (0.05, 6), (0.15, 10), (0.3, 16))  # share of the run, longest string in words
 SINGLE = 0.35  # share of the batches that hold single words only
-WITHOUT_DIGITS = 0.18  # share of the utterances in which nothing is to be written
+WITHOUT_DIGITS = 0.22  # share of the utterances in which nothing is to be written
 OTHER_WORDS = 0.15  # share of the utterances in which other words are said between the digits
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
-BATCH_FRAMES = 4_000  # feature frames (10 ms) a step and process, padding included
 MAX_SECONDS = 16.0
 # Taken from blank's score when the weights are written. In training a word may be shared among the frames of its
 # window; a search that keeps one hypothesis has to find it likelier than blank in a single one.
 BLANK_PENALTY = 1.0
-WARM_UP = 800  # steps over which the learning rate rises
+WARM_UP = 300  # steps over which the learning rate rises
 DECAY = 0.35  # share of the run, at its end, over which it falls
 SAVE_EVERY = 250  # steps
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
@@ -99,7 +96,7 @@ ALONE = 0.7  # seconds: a clip of a single word that is longer has something els
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
 ENGINE_WEIGHTS = {"espeak": 0.6, "festival": 0.6, "flite": 0.8}
-REAL = 0.6  # share of the utterances that are made of recordings of real speakers
+REAL = 0.5  # share of the utterances that are made of recordings of real speakers
 
 
 @dataclasses.dataclass
@@ -190,27 +187,11 @@ def trimmed(samples: np.ndarray, rng: random.Random) -> tuple[int, int]:
     return max(int(loud[0]) - margin, 0), min(int(loud[-1]) + max(margin, 1), len(samples))
 
 
-def noise(
-    length: int, rng: random.Random, generator: np.random.Generator, noises: Sequence[np.ndarray] = ()
-) -> np.ndarray:
-    """Unit-power noise: its spectrum falls between 0 (white) and 6 dB (brown) per octave; sometimes with hum.
-
-    Or, if there are any, one of ``noises`` over and over.
-    """
-    if noises and rng.random() < 0.35:
-        wave = np.resize(rng.choice(noises).astype(np.float32), length)
-        return np.roll(wave, rng.randrange(length)) / (wave.std() + 1e-9)
+def noise(length: int, rng: random.Random, generator: np.random.Generator) -> np.ndarray:
+    """Unit-power noise: its spectrum falls between 0 (white) and 6 dB (brown) per octave."""
     spectrum = np.fft.rfft(generator.standard_normal(length, np.float32))
     spectrum /= np.maximum(np.arange(len(spectrum), dtype=np.float32), 50 * length / SAMPLE_RATE) ** rng.uniform(0, 1)
     wave = np.fft.irfft(spectrum, length)
-    wave /= wave.std() + 1e-9
-    if rng.random() < 0.15:
-        times = np.arange(length, dtype=np.float32) / SAMPLE_RATE
-        for harmonic in range(1, rng.randint(2, 8)):
-            wave += rng.uniform(0, 1) * np.sin(2 * np.pi * rng.choice([50, 60]) * harmonic * times)
-    if rng.random() < 0.2:  # noise that comes and goes
-        steps = np.interp(np.linspace(0, 9, length), np.arange(10), [rng.uniform(0.1, 1) for _ in range(10)])
-        wave *= steps
     return (wave / (wave.std() + 1e-9)).astype(np.float32)
 
 
@@ -267,109 +248,11 @@ def without_digits(clips: list[Clip], length: int, rng: random.Random, generator
     return wave / (np.abs(wave).max() + 1e-9)
 
 
-def coded(wave: np.ndarray, codec: str, rate: int, bit_rate: int) -> np.ndarray:
-    """What is left of ``wave`` after ``codec`` (its delay stays in)."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp3" if codec == "mp3" else "ogg") as container:
-        stream = container.add_stream(codec, rate=rate, layout="mono", options={"b": str(bit_rate)})
-        frame = av.AudioFrame.from_ndarray(np.clip(wave, -1, 1)[None].astype(np.float32), format="fltp", layout="mono")
-        frame.rate = SAMPLE_RATE
-        for part in av.AudioResampler(stream.codec_context.format, "mono", rate).resample(frame):
-            part.pts = None
-            container.mux(stream.encode(part))
-        container.mux(stream.encode(None))
-    file.seek(0)
-    with av.open(file) as container:
-        resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-        return np.concatenate([part.to_ndarray()[0] for part in [*frames, *resampler.resample(None)]])
-
-
-def filtered(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
-    return np.fft.irfft(np.fft.rfft(wave) * response, len(wave))
-
-
-def recorded(
-    wave: np.ndarray,
-    others: list[Clip],
-    noises: list[np.ndarray],
-    rng: random.Random,
-    generator: np.random.Generator,
-) -> tuple[np.ndarray, float]:
-    """Put a clean wave through what a room, a microphone and a line do to it; also tell how much longer it became."""
-    ratio = 20
-    if rng.random() < 0.35:  # pitch, formants and tempo together
-        ratio = rng.choice([17, 18, 19, 21, 22, 23])
-        wave = torchaudio.functional.resample(torch.from_numpy(wave), 20, ratio).numpy()
-    if rng.random() < 0.25:  # a room: exponentially decaying noise after the direct sound
-        decay = rng.uniform(0.05, 0.5)
-        tail = generator.standard_normal(int(decay * SAMPLE_RATE), np.float32)
-        tail *= 10 ** (-3 * np.arange(len(tail)) / len(tail)) * rng.uniform(0.01, 0.06)
-        tail[0] = 1.0
-        size = -(-(len(wave) + len(tail)) // 1600) * 1600
-        wave = np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(tail, size), size)[: len(wave)]
-    wave = np.pad(wave, (0, -len(wave) % 1600))  # a length that FFTs are fast at
-    frequency = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE).astype(np.float32)
-    if rng.random() < 0.5:  # a microphone: a tilt in dB per octave around 1 kHz, waves in its response, its low end
-        octaves = np.log2(np.maximum(frequency, 60) / 1000)
-        gain = rng.uniform(-5, 5) * octaves
-        for _ in range(rng.randint(0, 3)):
-            gain += rng.uniform(0, 5) * np.cos(2 * np.pi * (octaves * rng.uniform(0.2, 1.2) + rng.random()))
-        gain -= 10 * np.log10(1 + (rng.uniform(20, 300) / np.maximum(frequency, 1)) ** 4)
-        wave = filtered(wave, 10 ** (np.clip(gain, -30, 20) / 20))
-    speech_power = np.sqrt(np.mean(wave**2)) + 1e-9
-    if rng.random() < 0.7:
-        wave = wave + noise(len(wave), rng, generator, noises) * speech_power * 10 ** (-rng.uniform(3, 42) / 20)
-    if rng.random() < 0.25:  # rumble, as of a fan, a table or a badly earthed cable
-        rumble = filtered(noise(len(wave), rng, generator), frequency < rng.uniform(50, 200))
-        wave = wave + rumble / (rumble.std() + 1e-9) * speech_power * 10 ** (-rng.uniform(-8, 20) / 20)
-    if rng.random() < 0.06 and others:  # somebody else in the background
-        other = rng.choice(others).samples.astype(np.float32)
-        other = np.resize(other, len(wave)) / (other.std() + 1e-9)
-        wave = wave + other * speech_power * 10 ** (-rng.uniform(12, 30) / 20)
-    wave = wave / (np.abs(wave).max() + 1e-9)
-    if rng.random() < 0.08:
-        wave = np.clip(wave * rng.uniform(1.2, 4), -1, 1)
-    wave = wave * 10 ** (rng.uniform(-36, 0) / 20)
-    if rng.random() < 0.08:  # a constant, as of a cheap sound card
-        wave = wave + rng.uniform(-0.05, 0.05) * np.abs(wave).max()
-    wave = np.round(wave * 32768) / 32768  # 16 bits
-    # Band limits come last: a clip recorded at 8 kHz has nothing at all above 4 kHz.
-    limit = rng.random()
-    if limit < 0.15:
-        wave = filtered(wave, (frequency > rng.uniform(100, 350)) & (frequency < rng.uniform(3200, 3600)))
-    elif limit < 0.45:
-        wave = filtered(wave, frequency < rng.uniform(3800, 3980))
-    elif limit < 0.52:
-        wave = filtered(wave, frequency < rng.uniform(4500, 7500))
-    if rng.random() < 0.08:  # 8-bit mu-law, as on a telephone line
-        compressed = np.sign(wave) * np.log1p(255 * np.abs(wave)) / math.log(256)
-        compressed = np.round(compressed * 127) / 127
-        wave = np.sign(compressed) * (256 ** np.abs(compressed) - 1) / 255
-    elif rng.random() < 0.05:
-        if rng.random() < 0.5:
-            wave = coded(wave, "mp3", 16_000, rng.choice([16_000, 24_000, 32_000]))
-        else:
-            wave = coded(wave, "libopus", 48_000, rng.choice([8_000, 12_000, 16_000]))
-    return wave.astype(np.float32), ratio / 20
-
-
-def warped(features: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Another tempo and another vocal tract: the features, (frames, 80), stretched along both axes."""
-    frames, bins = features.shape
-    tract = rng.uniform(0.9, 1.12)
-    sources = (torch.arange(bins) * tract).clamp(max=bins - 1.0)
-    low = sources.long()
-    features = torch.lerp(features[:, low], features[:, (low + 1).clamp(max=bins - 1)], sources - low)
-    size = max(int(frames * 0.7 * 2.1 ** rng.random()), PADDING + 4)
-    stretched = torch.nn.functional.interpolate(features.T[None], size=size, mode="linear", align_corners=True)
-    return stretched[0].T.contiguous()
-
-
 def draw_weights(clips: list[Clip]) -> list[float]:
     """How often each clip is drawn.
 
-    Sources by the root of their size, a word that is seldom said alone more often than chance.
+    Sources by the root of their size, strings by their words, and a word that is seldom said alone more often than
+    chance.
     """
     sizes = Counter(clip.source for clip in clips)
     words = Counter((clip.source, clip.words[0]) for clip in clips if len(clip.words) == 1)
@@ -378,8 +261,9 @@ def draw_weights(clips: list[Clip]) -> list[float]:
         if not clip.source:
             weights.append(ENGINE_WEIGHTS.get(clip.voice.partition("-")[0], 1.0))
         else:
-            rarity = words[clip.source, clip.words[0]] ** -0.5 if len(clip.words) == 1 else 0.15
-            weights.append(sizes[clip.source] ** -0.5 * rarity)
+            rarity = (words[clip.source, clip.words[0]] * len(WORDS) / sizes[clip.source]) ** -0.5
+            weight = rarity if len(clip.words) == 1 else min(len(clip.words), 5)
+            weights.append(sizes[clip.source] ** -0.5 * weight)
     real = sum(weight for weight, clip in zip(weights, clips, strict=True) if clip.source)
     synthetic = sum(weights) - real
     shares = (REAL / real, (1 - REAL) / synthetic) if real and synthetic else (1.0, 1.0)
@@ -387,18 +271,13 @@ def draw_weights(clips: list[Clip]) -> list[float]:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch ``step`` of the run, made from its own seed: features, lengths, targets, target lengths, spans."""
+    """Batch ``step`` of the run, made from its own seed.
 
-    def __init__(
-        self,
-        clips: list[Clip],
-        noises: list[np.ndarray],
-        steps: int,
-        polish: bool,
-        extractor: torch.nn.Module,
-        rank: int,
-    ) -> None:
-        self.noises, self.steps, self.polish, self.extractor, self.rank = noises, steps, polish, extractor, rank
+    Clean waves (batch, samples), int16; their lengths; targets; target lengths; spans.
+    """
+
+    def __init__(self, clips: list[Clip], args: argparse.Namespace, rank: int) -> None:
+        self.args, self.rank = args, rank
         self.clips = [clip for clip in clips if clip.words]
         self.others = [clip for clip in clips if not clip.words]
         self.voices: dict[str, list[Clip]] = {}
@@ -407,7 +286,7 @@ class Batches(torch.utils.data.Dataset):
         self.cumulated = list(itertools.accumulate(draw_weights(self.clips)))
 
     def __len__(self) -> int:
-        return self.steps
+        return self.args.steps
 
     def piece(self, clip: Clip, wanted: int, rng: random.Random) -> tuple[int, int] | None:
         """The first and the last (exclusive) of up to ``wanted`` words of ``clip``; None if it cannot be cut."""
@@ -419,22 +298,21 @@ class Batches(torch.utils.data.Dataset):
         return start, start + count
 
     def utterance(
-        self, wanted: int, roughness: float, edge: float, rng: random.Random, generator: np.random.Generator
+        self, wanted: int, mixed: bool, edge: float, rng: random.Random, generator: np.random.Generator
     ) -> tuple[np.ndarray, list[str], list[tuple[float, float, float]]]:
-        """``wanted`` words of one voice, up to ``edge`` seconds before and after, rough with probability ``roughness``.
+        """``wanted`` words of one voice, up to ``edge`` seconds before and after; if ``mixed``, other words, too.
 
         Returns the samples, the words, and where each is: start and stop in seconds and whether that is known (1.0) or
         only that the word is somewhere between (0.0).
         """
-        if roughness > 0.5 and rng.random() < WITHOUT_DIGITS:
+        if mixed and rng.random() < WITHOUT_DIGITS:
             length = int((0.3 + 0.5 * wanted * rng.uniform(0.5, 1)) * SAMPLE_RATE)
-            wave = without_digits(self.others, length, rng, generator)
-            return recorded(wave, [], self.noises, rng, generator)[0], [], []
+            return without_digits(self.others, length, rng, generator) * 0.3, [], []
         [chosen] = rng.choices(self.clips, cum_weights=self.cumulated)
         clips = self.voices[chosen.voice]
         pieces = [np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32)]
         words, places, position = [], [], len(pieces[0])
-        interrupted = roughness > 0.5 and wanted > 2 and rng.random() < OTHER_WORDS
+        interrupted = mixed and wanted > 2 and rng.random() < OTHER_WORDS
         widest = rng.choice([0.02, 0.1, 0.3, 0.3, 1.0])
 
         def add(samples: np.ndarray) -> None:
@@ -481,57 +359,38 @@ class Batches(torch.utils.data.Dataset):
             if len(words) >= wanted:
                 break
         if not words:
-            return self.utterance(wanted, roughness, edge, rng, generator)
+            return self.utterance(wanted, mixed, edge, rng, generator)
         add(np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32))
-        wave, stretch = np.concatenate(pieces), 1.0
-        if rng.random() < roughness:
-            wave, stretch = recorded(wave, self.others, self.noises, rng, generator)
-        return wave, words, [(start * stretch, stop * stretch, known) for start, stop, known in places]
+        return np.concatenate(pieces), words, places
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         rng, generator = random.Random(step), np.random.default_rng((step, self.rank))
-        longest = max(words for share, words in GROWTH if step >= share * self.steps)
-        roughness = min(1.0, step / ROUGH_STEPS)
-        if self.polish:
-            longest, roughness = 16, 1.0
+        longest = max(words for share, words in GROWTH if step >= share * self.args.steps)
+        if self.args.polish:
+            longest = GROWTH[-1][1]
         # One length a batch: little is padding.
         edge = rng.choice([0.0, 0.0, 0.08, 0.2, 0.6])
         wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
         rng = random.Random(f"{step}-{self.rank}")  # the processes' batches are of one kind, and so of one duration
-        features, texts, spans, longest = [], [], [], 0
-        while longest * (len(features) + 1) < BATCH_FRAMES and len(features) < 80:
-            wave, words, places = self.utterance(wanted, roughness, edge, rng, generator)
-            if not 0.15 < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
-                continue
-            with torch.no_grad():
-                utterance = self.extractor(torch.from_numpy(wave))[0]
-            if rng.random() < 0.35 * roughness:
-                frames = len(utterance)
-                utterance = warped(utterance, rng)
-                stretch = len(utterance) / frames
-                places = [(start * stretch, stop * stretch, known) for start, stop, known in places]
-            if rng.random() < 0.35 * roughness:  # SpecAugment: bands of mel bins, and moments
-                for _ in range(rng.randint(1, 2)):
-                    low, width = rng.randrange(72), rng.randint(1, 12)
-                    utterance[:, low : low + width] = 0.0
-                if rng.random() < 0.4:
-                    start = rng.randrange(len(utterance))
-                    utterance[start : start + rng.randint(1, 6)] = 0.0
+        mixed = self.args.polish is not None or step > ROUGH_STEPS / 2
+        waves, texts, spans, longest = [], [], [], 0
+        while longest * (len(waves) + 1) < self.args.seconds * SAMPLE_RATE:
+            wave, words, places = self.utterance(wanted, mixed, edge, rng, generator)
             # Every word gets a frame of the encoder of its own.
-            if (len(utterance) - PADDING) // STRIDE < len(words):
+            shortest = max(0.15, FRAME_SECONDS * (len(words) + 1))
+            if not shortest < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
                 continue
-            features.append(utterance)
+            waves.append(torch.from_numpy(np.clip(wave * 32768, -32768, 32767).astype(np.int16)))
             texts.append(torch.tensor([3 + WORDS.index(word) for word in words], dtype=torch.int32))
             spans.append(torch.tensor(places).reshape(-1, 3))
-            longest = max(longest, len(utterance))
-        # The extractor's last four frames are right context: they are not counted in the length.
-        lengths = torch.tensor([len(f) - PADDING for f in features], dtype=torch.int32)
+            longest = max(longest, len(wave))
+        padded = torch.nn.utils.rnn.pad_sequence
         return (
-            torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
-            lengths,
-            torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
-            torch.tensor([len(t) for t in texts], dtype=torch.int32),
-            torch.nn.utils.rnn.pad_sequence(spans, batch_first=True),
+            padded(waves, batch_first=True),
+            torch.tensor([len(wave) for wave in waves]),
+            padded(texts, batch_first=True),
+            torch.tensor([len(text) for text in texts], dtype=torch.int32),
+            padded(spans, batch_first=True),
         )
 
 
@@ -541,7 +400,7 @@ def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Ten
     Alignment-restricted transducer loss (Mahadeokar et al., 2021): without it a word's probability is spread over
     several frames, in none of which a narrow search finds it likelier than blank.
     """
-    times = torch.arange(length)[None, :, None] * FRAME_SECONDS
+    times = torch.arange(length, device=spans.device)[None, :, None] * FRAME_SECONDS
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     last = (frames[:, None, None] - 1) * FRAME_SECONDS
     sure = known > 0
@@ -559,15 +418,15 @@ def frame_labels(spans: torch.Tensor, targets: torch.Tensor, frames: torch.Tenso
 
     -100, which cross-entropy passes over, where that is not known and after the end.
     """
-    times = (torch.arange(length)[None, :, None] + 0.5) * FRAME_SECONDS
+    times = (torch.arange(length, device=spans.device)[None, :, None] + 0.5) * FRAME_SECONDS
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     inside = (times >= start) & (times < stop)
     half = (times >= (start + stop) / 2).long()
-    labels = torch.zeros(len(frames), length, dtype=torch.long)
+    labels = torch.zeros(len(frames), length, dtype=torch.long, device=spans.device)
     if spans.shape[1]:
         labels = (inside * (2 * (targets[:, None].long() - 3) + 1 + half)).amax(2)
         labels[(inside & (known == 0)).any(2)] = -100
-    return labels.masked_fill_(torch.arange(length) >= frames[:, None], -100)
+    return labels.masked_fill_(torch.arange(length, device=spans.device) >= frames[:, None], -100)
 
 
 def write_tokenizer(path: Path) -> None:
@@ -587,13 +446,16 @@ def write_tokenizer(path: Path) -> None:
     assert [pieces.id_to_piece(3 + i) for i in range(len(WORDS))] == ["\u2581" + word for word in WORDS]
 
 
-def write_global_stats(path: Path, clips: list[Clip], noises: list[np.ndarray]) -> None:
-    """Measure mean and inverse standard deviation of every mel bin over 600 augmented utterances."""
+def write_global_stats(path: Path, clips: list[Clip], noises: list[np.ndarray], args: argparse.Namespace) -> None:
+    """Measure mean and inverse standard deviation of every mel bin over ten rough batches."""
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
-    batches = Batches(clips, noises, 1, True, feature_extractor(path), 0)
-    rng, generator = random.Random("stats"), np.random.default_rng(0)
-    waves = [batches.utterance(rng.randint(1, 8), 1.0, 0.3, rng, generator)[0] for _ in range(600)]
-    frames = torch.cat([batches.extractor(torch.from_numpy(wave))[0][:-PADDING] for wave in waves]).double()
+    batches, augmenter = Batches(clips, args, 0), Augmenter(feature_extractor(path), noises)
+    frames = []
+    for step in range(args.steps // 2, args.steps // 2 + 10):
+        waves, lengths, _, words, spans = batches[step]
+        features, counts, _ = augmenter(waves, lengths, spans, words, 1.0, step)
+        frames += [part[:count].double() for part, count in zip(features, counts, strict=True)]
+    frames = torch.cat(frames)
     stats = {"mean": frames.mean(0).tolist(), "invstddev": (1 / frames.std(0)).tolist()}
     path.write_text(json.dumps(stats, indent=1) + "\n")
 
@@ -604,9 +466,12 @@ def feature_extractor(global_stats: Path) -> torch.nn.Module:
     return dataclasses.replace(EMFORMER_RNNT_BASE_LIBRISPEECH, _global_stats_path=path).get_feature_extractor()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rises over the first steps, stays, and falls in a straight line over the last part (``DECAY``)."""
-    return peak * min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps))
+def learning_rate(step: int, done: float, peak: float) -> float:
+    """Rises over the first steps, stays, and falls in a straight line over the last part (``DECAY``).
+
+    ``done`` is the share of the run that lies behind.
+    """
+    return peak * max(min((step + 1) / WARM_UP, 1.0, (1 - done) / DECAY), 0.0)
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], processes: int) -> None:
@@ -640,10 +505,14 @@ def transducer_loss(
     predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
     logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
     log_probs = logits.float().log_softmax(3)
-    elsewhere = ~allowed(spans.cpu(), frames.cpu(), log_probs.shape[1]).to(targets.device)
+    elsewhere = ~allowed(spans, frames, log_probs.shape[1])
     penalty = torch.zeros(log_probs.shape[:3], device=targets.device)
     penalty.masked_fill_(torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN)
     log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
+    # On a GPU the gradient is not set where an utterance has ended.
+    times, places = (torch.arange(size, device=targets.device) for size in log_probs.shape[1:3])
+    behind = (times >= frames[:, None])[:, :, None] | (places > written_lengths[:, None])[:, None]
+    log_probs = log_probs.masked_fill(behind.unsqueeze(3), 0.0)
     return torchaudio.functional.rnnt_loss(
         *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
     )
@@ -654,12 +523,26 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(rank)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")  # on a GPU that has TF32
     device = torch.device(args.device)
     if args.processes > 1:
         address = f"tcp://127.0.0.1:{args.port}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=args.processes)
     clips, noises = load_clips(args.clips, "train")
     clips = [clip for clip in clips if clip.source not in args.without]
+    checkpoint, first, saved = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0, {}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        first = saved.pop("step")
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(Batches(clips, args, rank), range(first, args.steps)),
+        batch_size=None,
+        num_workers=args.loaders,
+        prefetch_factor=4 if args.loaders else None,
+        multiprocessing_context="fork" if args.loaders else None,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)  # before the GPU is used: a process that holds one takes seconds to fork
     model = emformer_rnnt_model(**ARCHITECTURE)
     frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
@@ -671,31 +554,20 @@ def train(rank: int, args: argparse.Namespace) -> None:
     average = copy.deepcopy(model).requires_grad_(False)
     parameters = [*model.parameters(), *frame_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint, first = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0
     trained = {"model": model, "frame": frame_head, "average": average, "optimizer": optimizer}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        first = saved.pop("step")
-        for name, part in trained.items():
-            part.load_state_dict(saved[name])
+    for name, state in saved.items():
+        trained[name].load_state_dict(state)
     if args.processes > 1:
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, 0)
-    batches = Batches(
-        clips, noises, args.steps, args.polish is not None, feature_extractor(args.output / "global_stats.json"), rank
-    )
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(batches, range(first, args.steps)),
-        batch_size=None,
-        num_workers=args.loaders,
-        prefetch_factor=8 if args.loaders else None,
-    )
+    augmenter = Augmenter(feature_extractor(args.output / "global_stats.json"), noises).to(device)
+    prepare_masks(model, device)
 
-    def save(step: int) -> None:
+    def save(step: int, done: float) -> None:
         # Written beside and moved into place: a run that is cut while it writes leaves the one before.
         state = {"step": step, **{name: part.state_dict() for name, part in trained.items()}}
         kept = [checkpoint]
-        if args.steps * (1 - DECAY) - SAVE_EVERY < step <= args.steps * (1 - DECAY):
+        if done <= 1 - DECAY:
             kept.append(checkpoint.with_name("before-decay.pt"))  # from here a run can be made longer
         for path in kept:
             torch.save(state, path.with_suffix(".new"))
@@ -705,34 +577,50 @@ def train(rank: int, args: argparse.Namespace) -> None:
         weights["joiner.linear.bias"][BLANK] -= BLANK_PENALTY
         torch.save(weights, args.output / "weights.pt")
 
-    losses = []
-    progress = tqdm(loader, initial=first, total=args.steps, unit="step", mininterval=30, disable=rank > 0)
+    losses, started = [], None
+    progress = tqdm(batches, initial=first, total=args.steps, unit="step", mininterval=30, disable=rank > 0)
     for step, batch in enumerate(progress, start=first):
-        features, lengths, targets, target_lengths, spans = (part.to(device) for part in batch)
+        started = started or time.monotonic()
+        done = torch.tensor((time.monotonic() - started) / 60 / args.minutes if args.minutes else step / args.steps)
+        if args.minutes and args.processes > 1:
+            torch.distributed.broadcast(done, 0)  # they stop together
+        done = done.item()
+        if done >= 1:
+            break
+        _, lengths, _, words, _ = batch
+        waves, _, targets, target_lengths, spans = (part.to(device, non_blocking=True) for part in batch)
+        roughness = 1.0 if args.polish else min(1.0, step / ROUGH_STEPS)
+        seed = step * args.processes + rank
+        features, frames, spans = augmenter(waves, lengths, spans, words, roughness, seed)
+        longest = int(frames.max()) // STRIDE
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            encoded, frames = model.transcribe(features, lengths)
-        encoded, frames = encoded.float(), frames.int()
-        labels = frame_labels(spans.cpu(), targets.cpu(), frames.cpu(), encoded.shape[1]).to(device)
+            encoded, frames = model.transcribe(features, frames.to(device, non_blocking=True))
+        encoded, frames = encoded[:, :longest].float(), frames.int()
+        labels = frame_labels(spans, targets, frames, encoded.shape[1])
         said = torch.nn.functional.cross_entropy(frame_head(encoded).transpose(1, 2), labels, ignore_index=-100)
         transducer = transducer_loss(model, encoded, frames, targets, target_lengths, spans)
         loss = (transducer / target_lengths.clamp(min=1)).mean() + said
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters, args.processes)
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        for parameter in parameters:
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # no waiting for a GPU to tell
+        losses.append(torch.stack([loss.detach(), said.detach(), norm.isfinite().float()]))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+            group["lr"] = learning_rate(step, done, args.learning_rate)
         optimizer.step()
         decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses.append((loss.item(), said.item()))
         if rank == 0 and (step + 1) % 50 == 0:
-            total, framewise = np.mean(losses[-50:], 0)
+            total, framewise, finite = torch.stack(losses[-50:]).mean(0).tolist()
             progress.write(f"step {step + 1}: loss {total:.3f}, of which frames {framewise:.3f}")
+            if finite < 1:
+                progress.write(f"{1 - finite:.0%} of the gradients were not finite")
         if rank == 0 and (step + 1) % SAVE_EVERY == 0:
-            save(step + 1)
+            save(step + 1, done)
     if rank == 0:
-        save(args.steps)
+        save(step + 1, 1.0)
 
 
 def main() -> None:
@@ -740,6 +628,8 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("../models/digits"))
     parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--minutes", type=float, help="of the run, in place of --steps")
+    parser.add_argument("--seconds", type=int, default=40, help="of audio in a batch, padding included")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="for processors that multiply bfloat16 (AVX-512 BF16, AMX)")
     parser.add_argument("--polish", type=Path, help="weights to go on from at full difficulty, without the warm-up")
@@ -761,7 +651,7 @@ def main() -> None:
     if not tokenizer.exists():
         write_tokenizer(tokenizer)
     if not stats.exists():
-        write_global_stats(stats, clips, noises)
+        write_global_stats(stats, clips, noises, args)
     (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
     torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)
 
