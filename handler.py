@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -24,16 +25,20 @@ import mmap
 import os
 import re
 import statistics
+import struct
 import tempfile
 import textwrap
 import time
+import types
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 
 import av
 import torch
+from av.stream import Disposition
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
@@ -52,11 +57,15 @@ SHA256 = re.compile("[0-9a-f]{64}")
 # A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
 MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
 
-# FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no other protocol.
+# FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no device, no game.
+DEMUXERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dss,dts,dtshd,dv,eac3,flac,flv,gsm,gxf,iff,ircam,loas,matroska,mlp,mov,mp3,"
+    "mpc,mpc8,mpeg,mpegts,mxf,nistsphere,nut,ogg,oma,qcp,rm,shn,sox,spdif,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma"
+)
 FFMPEG_OPTIONS = {
-    "format_whitelist": "wav,w64,flac,ogg,mp3,aac,mov,matroska,aiff,au,caf,amr",
+    "format_whitelist": DEMUXERS,
     "protocol_whitelist": "none",
-    "advanced_editlist": "0",  # a film may otherwise say in a few bytes that it is to be cut up a thousand times
+    "ignore_editlist": "1",  # FFmpeg can take minutes over it and cuts at whole packets: ``edit`` does it instead
 }
 # The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
 # specific first.
@@ -67,8 +76,16 @@ FORMATS = {
     "srt": ("application/x-subrip; charset=utf-8", ("application/x-subrip",)),
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
 }
-AUDIO_FIELDS = ("data", "file", "audio", "body")  # where the audio is looked for; "body" is a raw body
+# Where the audio is looked for, in forms and JSON; "body" is a raw body.
+AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
+TEXT_FIELDS = ("response_format", "audio_track", "prompt")  # where it is not, whatever their bytes
+BINARY = re.compile(rb"[\x00-\x08\xf8-\xff]")  # bytes that no text has, and the first kilobytes of every audio file
 MAX_FILES = 64  # in one request
+MAX_PARTS = 1000  # files that were joined to one
+MAX_DEPTH = 8  # of JSON around the audio
+NUMBER = re.compile("[1-9][0-9]{0,14}")
+DATA_URL = re.compile("data:[^,]{0,200};base64,", re.IGNORECASE)
+FIELD_BYTES = 1024  # more than the head of a form's field takes
 # A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
 PAUSE = 0.6  # seconds
 SEGMENT_SECONDS = 7.0
@@ -79,6 +96,25 @@ DECODING_SECONDS, DECODING_RATE = 5.0, 0.1
 DECODING_BYTES, DECODING_COPIES = 2**30, 4
 MAPPED = Path("/proc/self/statm")  # begins with the pages of memory that this process has mapped
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; to resample what claims another one can take minutes and gigabytes
+# How files begin that FFmpeg does not expect behind the end of another one: what to look for, and how many bytes in.
+MARKS = {b"WAVE": 8, b"AIFF": 8, b"AIFC": 8, b"OggS\x00\x02": 0, b"\x1aE\xdf\xa3": 0, b"ftyp": 4, b"FLV\x01": 0}
+MARKS |= {b"caff": 0, b"riff.\x91\xcf\x11": 0, b"0&\xb2u\x8ef\xcf\x11": 0}
+WAVE = re.compile(rb"(?:RIF[FX]|RF64|BW64)....WAVE", re.DOTALL)
+BEGINNING = re.compile(
+    WAVE.pattern + rb"|FORM....AIF[FC]|OggS\x00\x02|\x1aE\xdf\xa3.{0,40}?(webm|matroska)|\x00\x00\x00[\x08-\x40]ftyp"
+    rb"|FLV\x01.\x00\x00\x00\x09|caff\x00\x01\x00\x00desc|riff.\x91\xcf\x11\xa5\xd6|0&\xb2u\x8ef\xcf\x11\xa6\xd9",
+    re.DOTALL,
+)
+SHORTEST = 1024  # bytes of a file in which anything is said; an Ogg file's streams begin nearer to each other
+ID3 = re.compile(rb"ID3[\x02-\x04].(.)([\x00-\x7f]{4})", re.DOTALL)  # flags and size
+PADDING = re.compile(rb"\x00*")
+CHUNK = re.compile(rb"[A-Za-z_][A-Za-z0-9_ ]{3}")  # how a part of a WAV file begins
+MAX_TAGS, MAX_CHUNKS = 16, 10_000  # looked at in one file; boxes of an MP4 are chunks, too
+ASIDE = Disposition.comment | Disposition.hearing_impaired | Disposition.visual_impaired  # tracks for some listeners
+SILENT = 0.001  # of full scale: a track that never gets louder has nothing in it
+CANCELLED = 0.5  # of the level that the sum of channels has which have nothing in common: less has lost the sound
+MAX_STUMBLES = 16  # errors of a demuxer one after the other; it may go on after each
+DAMAGED = "The file is damaged, cut off or has gaps; what could be read was transcribed."
 GAP = 0.1  # seconds between the times in a file and what has been decoded: more is silence, or lost
 LOUDEST = 4.0  # times full scale: what is louder is no recording
 URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
@@ -136,18 +172,42 @@ def json_body(request: dict) -> dict:
     return body if isinstance(body, dict) else {}
 
 
+def field(request: dict, name: str) -> object:
+    """What a form, a query or a JSON body has under this name; bytes as text."""
+    value = request.get(name) or json_body(request).get(name)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else value
+
+
+def header(headers: dict, name: str) -> str:
+    """What a request's headers have under this name in whatever case, or nothing."""
+    return next((value for key, value in headers.items() if key.lower() == name and isinstance(value, str)), "")
+
+
+def track_of(request: dict, headers: dict) -> int | None:
+    """The sound track, from 1, that the field ``audio_track`` or the header ``x-audio-track`` chooses.
+
+    Raises:
+        PredictionException: that is no number.
+    """
+    track = str(field(request, "audio_track") or header(headers, "x-audio-track")).strip()
+    if track and not NUMBER.fullmatch(track):
+        message = (
+            "audio_track (or the header x-audio-track) must be the number of one of the file's sound tracks, from 1."
+        )
+        raise refusal(HTTPStatus.BAD_REQUEST, "NoSuchTrack", message)
+    return int(track) if track else None
+
+
 def format_of(request: dict, headers: dict, has_times: bool) -> str:
     """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
 
     Raises:
         PredictionException: there is no such format, or the model file gives no times and it needs them.
     """
-    name = request.get("response_format") or json_body(request).get("response_format")
+    name = field(request, "response_format")
     if not name:
-        accept = [value for name, value in headers.items() if name.lower() == "accept" and isinstance(value, str)]
-        name = accepted("".join(accept).lower().replace(" ", "").replace('"', "") or "*/*")
-    elif isinstance(name, bytes | bytearray):
-        name = name.decode("ascii", "replace")
+        accept = header(headers, "accept").lower().replace(" ", "").replace('"', "")
+        name = accepted(accept or "*/*")
     if not isinstance(name, str) or name not in FORMATS:
         message = (
             f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
@@ -177,45 +237,67 @@ def accepted(accept: str) -> str | None:
     return best if weights[best][0] > 0 else None
 
 
-def audio_files(request: dict) -> Iterator[bytes | bytearray]:
-    """The audio files in a request, however they were sent: raw body, form field, base64 text or JSON.
+def audio_files(request: dict, headers: dict) -> Iterator[bytes | bytearray]:
+    """The audio files in a request, however they were sent: raw body, form fields, base64 text or JSON.
 
     Raises:
-        PredictionException: there is none.
+        PredictionException: there is none, or not all of them have arrived, or there are too many.
     """
-    body = json_body(request)
-    if "instances" in body:  # KServe's way of sending several at once
-        instances = body["instances"] if isinstance(body["instances"], list) else []
-        values = [instance.get("data") if isinstance(instance, dict) else 0 for instance in instances]
-        if len(values) > MAX_FILES:
-            message = f"The request has {len(values)} files, and one may have {MAX_FILES}: send several requests."
-            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyFiles", message)
-    elif body:
-        values = [body.get("data", 0)]
+    fields = {name: value for name, value in request.items() if name not in TEXT_FIELDS}
+    sent = [value for value in fields.values() if isinstance(value, bytes | bytearray | str)]
+    # A form may have other fields beside the files: where none is binary or has a usual name, the file is the longest.
+    binary = [value for value in sent if not isinstance(value, str) and BINARY.search(value[:4096])]
+    named = [fields[name] for name in AUDIO_FIELDS if name in fields]
+    found = json_body(request) or binary or [value for value in named or sorted(sent, key=len)[-1:] if value][:1]
+    values = list(itertools.islice(in_json(found or b""), MAX_FILES + 1))
+    if len(values) > MAX_FILES:
+        message = f"The request has more than {MAX_FILES} files, the most for one: send several requests."
+        raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyFiles", message)
+    arrived = [value.encode("utf-8", "replace") if isinstance(value, str) else value for value in request.values()]
+    size = sum(len(value) for value in arrived if isinstance(value, bytes | bytearray))
+    length, form = header(headers, "content-length"), header(headers, "content-type").lower().startswith("multipart/")
+    if form and NUMBER.fullmatch(length) and int(length) > size + FIELD_BYTES * (len(arrived) + 1):
+        message = (
+            f"Of the form's {length} bytes only {size} arrived: TorchServe keeps the last of several files under one "
+            "name. Give each a name of its own, or send them one by one."
+        )
+        raise refusal(HTTPStatus.BAD_REQUEST, "LostFile", message)
+    return map(audio_of, values)
+
+
+def in_json(value: object, depth: int = 0) -> Iterator[object]:
+    """What may be audio in JSON, under the names and in the lists in which clients send it."""
+    if isinstance(value, dict) and value and depth < MAX_DEPTH:
+        yield from in_json(next((value[name] for name in AUDIO_FIELDS if value.get(name)), 0), depth + 1)
+    elif isinstance(value, list) and value and depth < MAX_DEPTH:
+        for each in value:
+            yield from in_json(each, depth + 1)
     else:
-        # A form may have other fields beside the file: where none has a usual name, the file is the longest.
-        named = [request[name] for name in AUDIO_FIELDS if name in request]
-        others = [value for name, value in request.items() if name != "response_format"]
-        others = sorted((value for value in others if isinstance(value, bytes | bytearray | str)), key=len)
-        values = [next((value for value in named or others[::-1] if value), b"")]
-    for value in values or [b""]:
-        if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
-            # With or without a data URI's head, line breaks and padding; either alphabet.
-            text = "".join(value[value.find(";base64,") + 8 if value.startswith("data:") else 0 :].split())
-            text = text.translate(URL_SAFE).rstrip("=")
-            try:
-                value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-            except ValueError:
-                message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
-                raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
-        if not isinstance(value, bytes | bytearray):
-            message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}}.'
-            raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-        if not value:
-            hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
-            message = f"The request has no audio. {SEND_AUDIO} ({hint})."
-            raise refusal(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
         yield value
+
+
+def audio_of(value: object) -> bytes | bytearray:
+    """The bytes of a file that were sent as they are or in base64.
+
+    Raises:
+        PredictionException: there are none.
+    """
+    if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
+        # With or without a data URL's head, line breaks and padding; either alphabet.
+        text = "".join(DATA_URL.sub("", value, count=1).split()).translate(URL_SAFE).rstrip("=")
+        try:
+            value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except ValueError:
+            message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
+            raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
+    if not isinstance(value, bytes | bytearray):
+        names = f"for data you may write {', '.join(AUDIO_FIELDS[1:-1])}, too"
+        message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}} ({names}).'
+        raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+    if not value:
+        hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
+        raise refusal(HTTPStatus.BAD_REQUEST, "EmptyBody", f"The request has no audio. {SEND_AUDIO} ({hint}).")
+    return value
 
 
 # From bytes to a waveform
@@ -227,47 +309,49 @@ def decode_audio(
     longest: int = DEFAULTS["max_audio_seconds"],
     left: float = math.inf,
     used: float = math.inf,
+    track: int | None = None,
 ) -> torch.Tensor:
     """Decode an audio file of any sample rate, channel count and bit depth, as far as it goes.
 
     PyAV, because its wheel brings FFmpeg along: nothing has to be installed on the system.
 
     Args:
-        audio (bytes or bytearray): the file.
-        notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended.
+        audio (bytes or bytearray): the file, or several that were joined end to end.
+        notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended or chosen.
         longest (int): that all audio of a request may be together, in seconds.
         left (float): of that, for this file.
         used (float): this thread's processor time when the request came, in seconds.
+        track (int or None): which of the file's sound tracks, from 1; by default the first that is to be heard.
 
     Returns:
         Tensor: (samples,), float32, full scale 1.0, mono, at ``SAMPLE_RATE``.
 
     Raises:
-        PredictionException: the bytes are no audio file, or it has no audio, or too much, or costs too much to decode.
+        PredictionException: the bytes are no audio file, or it has no audio, or not that track, or too much, or costs
+            too much to decode.
     """
     # Grows in place: of an hour, the pieces and the whole beside each other are hundreds of megabytes.
-    samples, notes = bytearray(), [] if notes is None else notes
+    samples, found, problem = bytearray(), [], None
     try:
-        with (
-            limited_memory(longest),
-            av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container,
-        ):
-            if not container.streams.audio:
-                message = f"The file has no audio stream. {SEND_AUDIO}."
-                raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
-            for piece in resampled(sound_frames(container, longest, left, used, notes)):
-                samples += piece.numpy().data
-    except av.error.DecoderNotFoundError:
-        message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
-        raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message) from None
+        with limited_memory(longest):
+            for file in files_in(audio):
+                try:
+                    seconds = len(samples) / SAMPLE_RATE / torch.float32.itemsize
+                    add_sound(samples, mended_wav(file), found, (longest, left - seconds, used), track)
+                except PredictionException as error:
+                    if error.error_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                        raise
+                    problem = error
     except MemoryError:
         raise too_costly() from None
-    except (av.FFmpegError, ValueError, ZeroDivisionError):
-        notes.append("The file is damaged or cut off; what could be read was transcribed.")
+    if problem and not samples:
+        raise problem
     if not samples:
-        kind, what = ("NotAudio", "is not audio I can read") if notes else ("NoSamples", "has no samples of sound")
+        kind, what = ("NotAudio", "is not audio I can read") if found else ("NoSamples", "has no samples of sound")
         message = f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}."
         raise refusal(HTTPStatus.BAD_REQUEST, kind, message)
+    notes = [] if notes is None else notes
+    notes += dict.fromkeys(found)
     return sane(torch.frombuffer(samples, dtype=torch.float32), notes)
 
 
@@ -295,42 +379,220 @@ def too_costly() -> PredictionException:
     return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooCostly", message)
 
 
+def spend(limits: tuple[int, float, float], seconds: float = 0.0) -> None:
+    """Refuse a file of which ``seconds`` have been decoded in more processor time than ``limits`` leave."""
+    longest, left, used = limits
+    if time.thread_time() - used > DECODING_SECONDS + DECODING_RATE * (longest - left + seconds):
+        raise too_costly()
+
+
+@contextlib.contextmanager
+def opened(file: bytes | bytearray, limits: tuple[int, float, float]) -> Iterator[av.container.InputContainer]:
+    """A file in FFmpeg, which looks for its streams meanwhile, in hostile ones for very long."""
+    source, opening = io.BytesIO(file), [True]
+
+    def read(size: int) -> bytes:
+        if opening:
+            spend(limits)
+        return source.read(size)
+
+    reader = types.SimpleNamespace(read=read, seek=source.seek, tell=source.tell)
+    with av.open(reader, options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
+        opening.clear()
+        yield container
+
+
+def too_long(longest: int, declared: int | None = None) -> PredictionException:
+    declared = f" (it says of itself: {declared / av.time_base:.0f} s)" if declared else ""
+    message = f"The audio is longer than {longest} s, the most for a request{declared}: send it in pieces."
+    return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+
+
+def files_in(audio: bytes | bytearray) -> Iterator[bytes | bytearray]:
+    """The files that were joined end to end, as a rule one, each without the ID3 tags before it.
+
+    FFmpeg goes on by itself where a format has no header (MP3, AAC, MPEG-TS), and passes over small tags only.
+
+    Raises:
+        PredictionException: there are too many.
+    """
+    begins = {0}
+    for mark, before in MARKS.items():
+        place = audio.find(mark)
+        while place >= 0:
+            if place > before and BEGINNING.match(audio, place - before):
+                begins.add(place - before)
+            place = audio.find(mark, place + SHORTEST)
+    if len(begins) > MAX_PARTS:
+        message = f"More than {MAX_PARTS} files are joined in what was sent: send them in several requests."
+        raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyFiles", message)
+    for begin, end in itertools.pairwise([*sorted(begins), len(audio)]):
+        place = begin
+        for _ in range(MAX_TAGS):
+            if not (tag := ID3.match(audio, place)):
+                break
+            size = sum(digit << shift for digit, shift in zip(tag[2], (21, 14, 7, 0), strict=True))
+            place = PADDING.match(audio, place + 10 + size + (10 if tag[1][0] & 16 else 0)).end()
+        if place < end and (place, end) != (0, len(audio)):
+            yield audio[place:end]
+        elif len(begins) == 1:
+            yield audio
+
+
+def mended_wav(file: bytes | bytearray) -> bytes | bytearray:
+    """A WAV file with a header that FFmpeg reads as it was meant; any other file, and most WAV files, as they are.
+
+    Mended are big-endian samples (RIFX), sizes that were never filled in (RF64), and chunks of odd size without the
+    byte that should follow them.
+    """
+    if not WAVE.match(file):
+        return file
+    order, sound = "big" if file[:4] == b"RIFX" else "little", memoryview(file)
+    chunks, place, sane = {}, 12, file[:4] == b"RIFF"
+    for _ in range(MAX_CHUNKS):
+        name, size = bytes(sound[place : place + 4]), int.from_bytes(sound[place + 4 : place + 8], order)
+        place += 8
+        if name == b"data":
+            break
+        chunks[name] = bytes(sound[place : place + min(size, 64)])
+        place += size
+        missing = size % 2 and CHUNK.match(file, place)
+        sane, place = sane and not missing, place if missing else place + size % 2
+    if sane or name != b"data" or len(form := chunks.get(b"fmt ", b"")) < 16:
+        return file
+    if size in (0, 0xFFFFFFFF):
+        size = int.from_bytes(chunks.get(b"ds64", b"")[8:16], "little") or len(file)
+    sound = sound[place : place + size]
+    if order == "big":
+        tag, channels, rate, per_second, block, bits = struct.unpack(">HHIIHH", form[:16])
+        tag = max(form[24:28], default=0) if tag == 0xFFFE else tag  # an extension of 1 or 3, in whichever order
+        form = struct.pack("<HHIIHH", tag, channels, rate, per_second, block, bits)
+        width = max(block // max(channels, 1), 1) if tag in (1, 3) else 1  # bytes of a sample
+        turned = bytearray(sound[: len(sound) // width * width])
+        sound = bytearray(len(turned))
+        for byte in range(width):
+            sound[byte::width] = turned[width - 1 - byte :: width]
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(sound))
+    return b"".join([b"RIFF", struct.pack("<I", len(head) + len(sound)), head, sound])
+
+
+def add_sound(
+    samples: bytearray, file: bytes | bytearray, notes: list[str], limits: tuple[int, float, float], wanted: int | None
+) -> None:
+    """Append one file's sound to ``samples``: of its tracks the one that is wanted, or else the likeliest.
+
+    ``limits`` are ``longest``, ``left`` and ``used`` of ``decode_audio``, which says what is raised, too.
+    """
+    begin, silence, places, said = len(samples), 0, None, []
+    while places is None or places:
+        silence = max(silence, len(samples) - begin)
+        del samples[begin:]
+        said = []
+        try:
+            with opened(file, limits) as container:
+                tracks = container.streams.audio
+                places = tracks_to_try(tracks, wanted) if places is None else places
+                track = tracks[places.pop(0)]
+                for piece in resampled(sound_frames(container, track, limits, said), said):
+                    samples += piece.numpy().data
+                if container.format.name.startswith("mov,"):
+                    origin = (container.start_time or 0) / av.time_base
+                    edit(samples, begin, edits_of(file, track.id), origin, limits)
+                if len(tracks) > 1 and not wanted:
+                    number = tracks.index(track) + 1
+                    said.append(f"Of {len(tracks)} sound tracks this is number {number}; audio_track chooses another.")
+        except MemoryError:
+            raise
+        except (av.FFmpegError, ValueError, ZeroDivisionError):
+            said.append(DAMAGED)
+            places = places or []
+        if places and len(samples) > begin:
+            peak = torch.frombuffer(samples, dtype=torch.float32, offset=begin).abs().max()
+            if peak > SILENT:
+                break
+    if len(samples) == begin:
+        samples += bytes(silence)
+    notes += said
+
+
+def tracks_to_try(tracks: Sequence[av.AudioStream], wanted: int | None) -> list[int]:
+    """The places of a file's sound tracks that can be decoded, those first that a player would play.
+
+    Raises:
+        PredictionException: there is none, or not the one that is wanted.
+    """
+    if not tracks:
+        message = f"The file has no audio stream. {SEND_AUDIO}."
+        raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
+    if wanted and wanted > len(tracks):
+        message = f"The file has no sound track {wanted}: audio_track may be 1 to {len(tracks)}."
+        raise refusal(HTTPStatus.BAD_REQUEST, "NoSuchTrack", message)
+    places = [place for place, track in enumerate(tracks) if track.codec_context and wanted in (None, place + 1)]
+    if not places:
+        message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
+        raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message)
+    ranks = [(not track.disposition & Disposition.default, bool(track.disposition & ASIDE)) for track in tracks]
+    return sorted(places, key=ranks.__getitem__)
+
+
+def packets_of(container: av.container.InputContainer, stream: av.AudioStream, notes: list[str]) -> Iterator[av.Packet]:
+    """A stream's packets and an empty one, which flushes the decoder, whatever the demuxer stumbles over."""
+    stumbles = 0
+    while stumbles < MAX_STUMBLES:
+        try:
+            for packet in container.demux(stream):
+                stumbles = 0
+                yield packet
+            return
+        except MemoryError:
+            raise
+        except IndexError:
+            pass  # a packet of a stream that appeared midway, which PyAV does not know
+        except av.FFmpegError:
+            stumbles += 1
+            notes.append(DAMAGED)
+    flush = av.Packet()
+    flush.stream = stream
+    yield flush
+
+
 def sound_frames(
-    container: av.container.InputContainer, longest: int, left: float, used: float, notes: list[str]
+    container: av.container.InputContainer, stream: av.AudioStream, limits: tuple[int, float, float], notes: list[str]
 ) -> Iterator[tuple[float, av.AudioFrame]]:
     """The sound's frames as they are, each with the seconds in which there is no sound before it.
 
     Raises:
-        PredictionException: they last longer than ``left`` seconds, or take too long to decode.
+        PredictionException: they last too long, or take too long to decode.
     """
-    damaged, seconds = False, 0.0
+    longest, left, _ = limits
+    damaged, seconds, least = False, 0.0, 0.0
     origin = (container.start_time or 0) / av.time_base
-    for packet in container.demux(audio=0):
-        if time.thread_time() - used > DECODING_SECONDS + DECODING_RATE * (longest - left + seconds):
-            raise too_costly()
+    for packet in packets_of(container, stream, notes):
+        spend(limits, seconds)
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except MemoryError:
+            raise
+        except (av.FFmpegError, ValueError):
             frames, damaged = [], True
+        least = least if frames else 0.0  # what this packet would have played is silence
         for frame in frames:
             if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
                 damaged = True
                 continue
             gap = 0.0 if frame.time is None else frame.time - origin - seconds
-            gap = gap if GAP < gap < left - seconds else 0.0
-            damaged = damaged or (gap > 0 and seconds > 0)
+            gap = gap if least < gap < left - seconds else 0.0
+            damaged, least = damaged or (gap > 0 and seconds > 0), GAP
             # Before resampling: one small frame that claims a few samples a second would become gigabytes.
             seconds += gap + frame.samples / frame.sample_rate
             if seconds > left + 0.001:
-                declared = f" (it says of itself: {container.duration / 1e6:.0f} s)" if container.duration else ""
-                message = f"The audio is longer than {longest} s, the most for a request{declared}: send it in pieces."
-                raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+                raise too_long(longest, container.duration)
             yield gap, frame
     if damaged:
-        notes.append("The file is damaged or has gaps; what could be read was transcribed.")
+        notes.append(DAMAGED)
 
 
-def resampled(frames: Iterator[tuple[float, av.AudioFrame]]) -> Iterator[torch.Tensor]:
+def resampled(frames: Iterator[tuple[float, av.AudioFrame]], notes: list[str]) -> Iterator[torch.Tensor]:
     """Bring decoded frames to ``SAMPLE_RATE`` and mix their channels: pieces (samples,), float32.
 
     Packed samples, because PyAV crashes on planar frames of eight channels and more.
@@ -340,19 +602,101 @@ def resampled(frames: Iterator[tuple[float, av.AudioFrame]]) -> Iterator[torch.T
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != source or gap:  # also midway, in files that were joined
             if resampler:
-                yield from map(mono, resampler.resample(None))  # what is left in it
+                yield from (mono(rest, notes) for rest in resampler.resample(None))  # what is left in it
             # In pieces of some seconds: one for every decoded frame would take three times as long.
             resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE, frame_size=4 * SAMPLE_RATE)
             source = kind
             yield torch.zeros(round(gap * SAMPLE_RATE))
-        yield from map(mono, resampler.resample(frame))
+        yield from (mono(part, notes) for part in resampler.resample(frame))
     if resampler:
-        yield from map(mono, resampler.resample(None))
+        yield from (mono(rest, notes) for rest in resampler.resample(None))
 
 
-def mono(frame: av.AudioFrame) -> torch.Tensor:
-    """The mean of the channels, (samples,): FFmpeg's own downmix would be 3 dB louder than either side."""
-    return torch.from_numpy(frame.to_ndarray()).view(frame.samples, -1).mean(dim=1)
+def mono(frame: av.AudioFrame, notes: list[str] | None = None) -> torch.Tensor:
+    """The mean of the channels, (samples,), or the loudest where they cancel each other out.
+
+    FFmpeg's own downmix would be 3 dB louder than either side.
+    """
+    channels = torch.from_numpy(frame.to_ndarray()).view(frame.samples, -1)  # (samples, channels)
+    mean, count = channels.mean(dim=1), channels.shape[1]
+    if count > 1 and count * mean.norm() < CANCELLED * channels.norm():
+        mean = channels[:, channels.norm(dim=0).argmax()].contiguous()
+        if notes is not None:
+            notes.append("The channels cancel each other out (opposite phases): the loudest was transcribed.")
+    return mean
+
+
+def boxes(content: memoryview, *path: bytes) -> Iterator[memoryview]:
+    """What is in an MP4's boxes of these kinds, each kind inside the one before."""
+    place = 0
+    for _ in range(MAX_CHUNKS):
+        size, kind, head = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8], 8
+        if size == 1:
+            size, head = int.from_bytes(content[place + 8 : place + 16], "big"), 16
+        if kind == path[0]:
+            inside = content[place + head : place + size if size else None]
+            yield from boxes(inside, *path[1:]) if path[1:] else [inside]
+        if size < head:
+            return
+        place += size
+
+
+def edits_of(file: bytes | bytearray, track: int) -> list[tuple[float | None, float]]:
+    """What an MP4's edit list plays of a track, in order: from which second of it (None: silence) and how many."""
+
+    def number(*where: memoryview | bytes) -> int:  # a unit of time or a track's id, behind two dates of 4 or 8 bytes
+        box = next(boxes(*where), b"")
+        return int.from_bytes(box[20:24] if box[:1] == b"\1" else box[12:16], "big")
+
+    moov = next(boxes(memoryview(file), b"moov"), memoryview(b""))
+    for trak in boxes(moov, b"trak"):
+        scale, unit = number(moov, b"mvhd"), number(trak, b"mdia", b"mdhd")
+        box = next(boxes(trak, b"edts", b"elst"), b"")
+        if box and scale and unit and number(trak, b"tkhd") == track:
+            entry = struct.Struct(">QqI" if box[0] else ">IiI")
+            count = min(int.from_bytes(box[4:8], "big"), (len(box) - 8) // entry.size, MAX_CHUNKS)
+            spans = [(start, length / scale) for length, start, _ in entry.iter_unpack(box[8 : 8 + count * entry.size])]
+            edits = [(start / unit, seconds or math.inf) if start >= 0 else (None, seconds) for start, seconds in spans]
+            if (
+                edits and edits[-1][0] is not None and list(boxes(moov, b"mvex"))
+            ):  # piece by piece: its end was not known
+                edits[-1] = (edits[-1][0], math.inf)
+            return edits
+    return []
+
+
+def edit(
+    samples: bytearray,
+    begin: int,
+    edits: list[tuple[float | None, float]],
+    origin: float,
+    limits: tuple[int, float, float],
+) -> None:
+    """Leave of ``samples``, from ``begin`` on, what an edit list plays; all of it where that would be nothing.
+
+    Raises:
+        PredictionException: it plays too much.
+    """
+    end = len(samples)
+
+    def place(second: float) -> int:
+        return begin + 4 * round(min(max(second - origin, 0.0) * SAMPLE_RATE, (end - begin) // 4))
+
+    if len(edits) == 1 and edits[0][0] is not None:  # nearly always: in place
+        [(start, seconds)] = edits
+        if place(start) < place(start + seconds):
+            del samples[place(start + seconds) :]
+            del samples[begin : place(start)]
+        return
+    for start, seconds in edits:
+        if start is not None:
+            samples += samples[place(start) : place(start + seconds)]
+        elif seconds <= limits[1]:
+            samples += bytes(4 * round(seconds * SAMPLE_RATE))
+        if max((len(samples) - end) / 4 / SAMPLE_RATE, seconds if start is None else 0.0) > limits[1] + 0.001:
+            raise too_long(limits[0])
+    if len(samples) > end:
+        del samples[begin:end]
 
 
 def sane(waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
@@ -504,7 +848,8 @@ class ModelHandler:
         spent["engine"] = time.perf_counter() - searching
         for index, request in sounds.items():
             try:
-                answers[index] = self._answer(index, context, request, "instances" in json_body(data[index]))
+                several = len(request) > 1 or "instances" in json_body(data[index])
+                answers[index] = self._answer(index, context, request, several)
             except Exception as error:
                 answers[index] = refused(index, context, error)
         spent["handler"] = time.perf_counter() - started
@@ -521,12 +866,12 @@ class ModelHandler:
     def _sounds(self, request: dict, headers: dict, spent: Counter[str]) -> list[dict]:
         """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
         response_format = format_of(request, headers, has_times=hasattr(self.model, "decode"))
-        sounds, used = [], time.thread_time()
+        sounds, used, track = [], time.thread_time(), track_of(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
-        for audio in audio_files(request):
+        for audio in audio_files(request, headers):
             started, notes = time.perf_counter(), []
             try:
-                waveform = decode_audio(audio, notes, longest, left, used)
+                waveform = decode_audio(audio, notes, longest, left, used, track)
             finally:
                 decoded = time.perf_counter()
                 spent["decode"] += decoded - started

@@ -50,6 +50,8 @@ def encode(
     with av.open(file, "w", format=container, options=options) as output:
         chosen = {"format": sample_format} if sample_format else {}
         stream = output.add_stream(codec, rate=rate, layout=layout, options={"strict": "experimental"}, **chosen)
+        if codec.startswith("wma"):
+            stream.bit_rate = 96_000  # there is none by default
         for part in (frame, None):
             output.mux(stream.encode(part))
     return file.getvalue()

@@ -133,6 +133,8 @@ def tiny_packets() -> bytes:
 REFUSED = {
     "EmptyBody": {"data": b""},
     "NotAudio": {"data": b"RIFF" + bytes(1000)},
+    "NoSuchTrack": {"data": AUDIO, "headers": {"x-audio-track": "2"}},
+    "LostFile": {"files": [("file", AUDIO), ("file", AUDIO)]},
     "NoSamples": {"data": AUDIO[: AUDIO.index(b"data")] + b"data" + bytes(4)},
     "UnknownFormat": {"data": AUDIO, "headers": {"Accept": "application/pdf"}},
     "AudioTooLong": {"data": encode(np.zeros((1, 200_000), np.float32), 8_000, "flac", "flac", "s16")},
@@ -159,7 +161,7 @@ def strict(digits_pt):
 def test_what_cannot_be_answered_gets_its_status_and_a_sentence(strict, status, kind):
     kind = kind.strip("`")
     request = REFUSED[kind]
-    if "json" in request:
+    if "json" in request or "files" in request:
         answer = requests.post(strict.url, **request, timeout=60)
     else:
         answer = requests.post(strict.url, request["data"], headers=RAW | request.get("headers", {}), timeout=60)
