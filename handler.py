@@ -957,12 +957,13 @@ class ModelHandler:
         if sound["format"] != "verbose_json":
             return subtitles(segments, sound["format"])
         answer = {
+            "task": "transcribe",
             "text": text,
             "duration": round(sound["duration"], 3),
             "language": "english",
             "model": self.model_name,
         }
-        answer["segments"] = [{"id": i} | segment for i, segment in enumerate(segments)]
+        answer["segments"] = segments
         answer["words"] = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
         if self.settings["beam_width"] > 1:
             scores: dict[str, float] = {}
@@ -991,16 +992,18 @@ def words_of(
     """
     pieces, marks = processor.sp_model, processor.post_process_remove_list
     words: list[dict] = []
-    mark = []  # frame and log-probability of the mark before this token
+    mark = []  # token, frame and log-probability of the mark before this token
     for token, frame, log_prob in zip(tokens[1:], frames, log_probs, strict=True):
         if token in marks:
-            mark = [(frame, log_prob)]
+            mark = [(token, frame, log_prob)]
             continue
         piece = pieces.id_to_piece(token)
         if piece.startswith("\u2581") or not words:
-            words.append({"word": "", "log_probs": [p for _, p in mark], "first": mark[0][0] if mark else frame})
+            marks_too = {"tokens": [token for token, *_ in mark], "log_probs": [p for *_, p in mark]}
+            words.append({"word": "", "first": mark[0][1] if mark else frame} | marks_too)
         words[-1]["word"] += piece.replace("\u2581", "")
         words[-1]["last"] = frame + 1
+        words[-1]["tokens"].append(token)
         words[-1]["log_probs"].append(log_prob)
         mark = []
     words = [word for word in words if word["word"]]
@@ -1015,7 +1018,11 @@ def words_of(
 
 
 def segments_of(words: list[dict]) -> list[dict]:
-    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines."""
+    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines.
+
+    With the names and types of OpenAI's: of what a transducer has not, ``no_speech_prob`` and ``temperature`` are 0, as
+    is ``seek``, because all the audio is decoded at once.
+    """
     groups: list[list[dict]] = []
     for word in words:
         group = groups[-1] if groups else []
@@ -1028,14 +1035,21 @@ def segments_of(words: list[dict]) -> list[dict]:
         ):
             groups.append([])
         groups[-1].append(word)
+    texts = [" ".join(word["word"] for word in group) for group in groups]
     return [
         {
+            "id": number,
+            "seek": 0,
             "start": group[0]["start"],
             "end": group[-1]["end"],
-            "text": " ".join(word["word"] for word in group),
+            "text": text,
+            "tokens": [token for word in group for token in word["tokens"]],
+            "temperature": 0.0,
             "avg_logprob": round(statistics.fmean(p for word in group for p in word["log_probs"]), 4),
+            "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4),
+            "no_speech_prob": 0.0,
         }
-        for group in groups
+        for number, (group, text) in enumerate(zip(groups, texts, strict=True))
     ]
 
 
