@@ -458,8 +458,10 @@ def mended_wav(file: bytes | bytearray) -> bytes | bytearray:
         place += size
         missing = size % 2 and CHUNK.match(file, place)
         sane, place = sane and not missing, place if missing else place + size % 2
-    if sane or name != b"data" or len(form := chunks.get(b"fmt ", b"")) < 16:
+    form = chunks.get(b"fmt ", b"")
+    if sane or name != b"data" or len(form) < 16:
         return file
+    form += bytes(len(form) % 2)
     if size in (0, 0xFFFFFFFF):
         size = int.from_bytes(chunks.get(b"ds64", b"")[8:16], "little") or len(file)
     sound = sound[place : place + size]

@@ -415,6 +415,13 @@ def test_a_chunk_of_odd_size_is_passed_over(worker, pcm, size, pad, place):
     assert np.array_equal(decode_audio(riff(pcm, before=chunk, between=chunk * 3)).numpy() * 32_768, pcm)
 
 
+def test_a_header_of_odd_size_is_understood(pcm):
+    file = riff(pcm)
+    for pad in (b"", b"\0"):
+        odd = file[:16] + struct.pack("<I", 17) + file[20:36] + b"\0" + pad + file[36:]
+        assert np.array_equal(decode_audio(odd).numpy() * 32_768, pcm)
+
+
 @pytest.mark.parametrize(
     "sizes", [(0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (36, 0), (0, 0xFFFFFFFF), (0x7FFFFFFF, 0x7FFFFFFF)]
 )
