@@ -218,7 +218,7 @@ def test_probabilities_are_those_of_the_tokens(worker, speech):
 def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speech):
     [[(tokens, score, frames, _), *_]] = worker.handler._search([worker.handler._features(speech)])
     tokens, frames = tokens[:1] + tokens[2::2], frames[1::2]
-    words = words_of(tokens, score, frames, [-1.0] * len(frames), 3.0, *naming(worker))
+    words = words_of((tokens, score, frames, [-1.0] * len(frames)), 3.0, *naming(worker))
     assert [word["word"] for word in words] == TEXT.split()
     assert [word["probability"] for word in words] == [round(math.exp(-1), 4)] * 3
     assert segments_of(words)[0]["avg_logprob"] == -1.0

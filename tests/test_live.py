@@ -108,7 +108,7 @@ def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     """The final answer has the tokens, times and probabilities of the whole sound in one request."""
     [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
     naming = (worker.handler.tokens_to_text, worker.handler.word_delays)
-    words = words_of(tokens, score, frames, log_probs, len(pcm) / 32_000, *naming)
+    words = words_of((tokens, score, frames, log_probs), len(pcm) / 32_000, *naming)
     assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
     assert [[word["word"], word["start"], word["end"]] for word in sequence_answer["words"]] == [
         [word["word"], word["start"], word["end"]] for word in words
