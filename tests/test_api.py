@@ -220,7 +220,7 @@ def test_strange_requests_are_answered_and_the_next_one_is_right(server, speech)
     types = ["application/octet-stream", "audio/wav", "text/plain", "application/json", "multipart/form-data", "x", ""]
     with requests.Session() as session:
         for number, (fields, _) in enumerate(requests_of(speech, 300, seed=3)):
-            [content] = [value for name, value in fields.items() if name != "response_format"] or [b""]
+            content, *_ = [value for name, value in fields.items() if name != "response_format"] or [b""]
             if isinstance(content, str):
                 content = content.encode()
             elif not isinstance(content, bytes | bytearray):
