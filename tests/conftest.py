@@ -325,6 +325,7 @@ def pytest_addoption(parser) -> None:
 
 # The longest first, so that pytest's workers end together: pytest -n 2 --dist loadfile --no-loadscope-reorder.
 LONGEST = ["test_equality", "test_faults", "test_live_server", "test_readme", "test_page", "test_live", "test_server"]
+LONGEST += ["test_files", "test_handler", "test_export"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,6 +34,8 @@ from engine.search import float32
 from handler import decode_audio
 
 ALL_SAMPLES = [*transcripts("digits"), *transcripts("librispeech")]
+QUICK = ["three-digits.wav", "phone-number.flac", "pin.webm", "room-number.ogg"]
+NOT_QUICK = [file for file in ALL_SAMPLES if file not in QUICK]
 REAL_SPEECH = Path(os.environ.get("REAL_SPEECH", "nowhere"))
 LIBRISPEECH = sorted(REAL_SPEECH.rglob("1089-134686-*.flac"))
 CHECKPOINT = Path(torch.hub.get_dir()) / "torchaudio" / EMFORMER_RNNT_BASE_LIBRISPEECH._rnnt_path
@@ -290,7 +292,8 @@ def test_an_encoder_frame_depends_on_nothing_after_its_right_context(engine):
 # The search
 
 
-@pytest.mark.parametrize("file", ALL_SAMPLES)
+# torchaudio takes a second and a half for each: half of them wait for `make test`.
+@pytest.mark.parametrize("file", [*QUICK, *(pytest.param(file, marks=pytest.mark.slow) for file in NOT_QUICK)])
 def test_every_sample_gives_torchaudios_beams_of_every_width(reference, engine, features, file):
     widths = range(1, BLANK + 1)
     assert reference.assert_same_beams(engine, features[file], widths) > 2 * len(widths)

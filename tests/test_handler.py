@@ -100,6 +100,7 @@ def test_answers_are_typed_for_the_client(worker):
 @pytest.mark.parametrize(("policy", "warned"), [(None, True), ("ACTIVE", True), ("passive", False), ("PASSIVE", False)])
 def test_threads_that_would_wait_busily_are_warned_of(digits_pt, monkeypatch, caplog, policy, warned):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(handler, "WARM_UP_RUNS", 0)  # with threads that really wait busily here
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     threads = torch.get_num_threads()
