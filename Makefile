@@ -32,7 +32,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not server and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not server and not slow"
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

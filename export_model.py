@@ -16,10 +16,14 @@ import socket
 import sys
 import tempfile
 import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torchaudio
+from sentencepiece import SentencePieceProcessor
 from torchaudio.models import RNNT, emformer_rnnt_model
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 
@@ -33,32 +37,53 @@ WORD_DELAYS = {"digits": {"start": -0.005, "end": -0.025}}
 # Seconds without an answer after which a download counts as unreachable.
 DOWNLOAD_TIMEOUT = 30
 
+Content = TypeVar("Content", bytes, dict[str, torch.Tensor])
 
-def bundle_asset(name: str) -> Path:
-    """Path of one of the LibriSpeech bundle's files, downloaded into the torch hub cache if it is not there.
+
+def bundle_asset(name: str, read: Callable[[Path], Content]) -> Content:
+    """What ``read`` gives of one of the LibriSpeech bundle's files, downloaded if it is not in the torch hub cache.
 
     Raises:
         ConnectionError: the file is not in the cache and cannot be downloaded.
+        ValueError: it is not whole; then it is removed, so that the next download is not kept from replacing it.
     """
     cached = Path(torch.hub.get_dir()) / "torchaudio" / name
     try:
-        return Path(torchaudio.utils._download_asset(name))
+        torchaudio.utils._download_asset(name)
     except OSError as error:  # urllib's errors are OSErrors
         raise ConnectionError(
             f"{cached.name} is not in the torch hub cache and cannot be downloaded ({error}). "
             f"Download it elsewhere and put it at {cached}."
         ) from error
+    try:
+        return read(cached)
+    except (ValueError, RuntimeError) as error:  # RuntimeError is SentencePiece's
+        cached.unlink()
+        raise ValueError(
+            f"{cached} was cut off or damaged on its way and has been removed: run this again to download it anew."
+        ) from error
+
+
+def read_stats(path: Path) -> bytes:
+    json.loads(path.read_bytes())
+    return path.read_bytes()
+
+
+def read_tokenizer(path: Path) -> bytes:
+    SentencePieceProcessor(model_proto=path.read_bytes())
+    return path.read_bytes()
 
 
 def librispeech(checkpoint: Path | None) -> tuple[RNNT, int, dict[str, bytes]]:
     """torchaudio's base model: the network, its blank index and its files, see ``digits``."""
     bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
     files = {
-        "global_stats.json": bundle_asset(bundle._global_stats_path).read_bytes(),
-        "tokenizer.model": bundle_asset(bundle._sp_model_path).read_bytes(),
+        "global_stats.json": bundle_asset(bundle._global_stats_path, read_stats),
+        "tokenizer.model": bundle_asset(bundle._sp_model_path, read_tokenizer),
     }
     model = bundle._rnnt_factory_func()
-    load_weights(model, checkpoint or bundle_asset(bundle._rnnt_path))
+    weights = read_weights(checkpoint) if checkpoint else bundle_asset(bundle._rnnt_path, read_weights)
+    load_weights(model, weights, checkpoint or "The bundle's checkpoint")
     return model, bundle._blank, files
 
 
@@ -74,7 +99,8 @@ def digits(checkpoint: Path | None) -> tuple[RNNT, int, dict[str, bytes]]:
     """
     architecture = json.loads((DIGITS / "architecture.json").read_text())
     model = emformer_rnnt_model(**architecture)
-    load_weights(model, checkpoint or DIGITS / "weights.pt")
+    path = checkpoint or DIGITS / "weights.pt"
+    load_weights(model, read_weights(path), path)
     files = {name: (DIGITS / name).read_bytes() for name in ("global_stats.json", "tokenizer.model")}
     return model, architecture["num_symbols"] - 1, files
 
@@ -82,30 +108,60 @@ def digits(checkpoint: Path | None) -> tuple[RNNT, int, dict[str, bytes]]:
 MODELS = {"digits": digits, "librispeech": librispeech}
 
 
-def load_weights(model: RNNT, path: Path) -> None:
-    """Load the state dict in ``path`` into ``model``.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in ``path``.
 
     Raises:
-        ValueError: the file is not a state dict, or not one of this architecture.
+        ValueError: the file is cut off, or not a state dict.
         OSError: the file cannot be read.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'torch.load' received a zip file that looks like a TorchScript")
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}.") from error
     except Exception as error:  # what the unpickler raises on other files depends on their first bytes
-        raise ValueError(f"{path} is not a PyTorch state dict (a file written by torch.save).") from error
-    expected = model.state_dict()
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        cut = zipped and not zipfile.is_zipfile(path)  # the index of a zip file is at its end
+        if cut or isinstance(error, EOFError) or "EOF" in str(error) or "truncated" in str(error):
+            raise ValueError(f"{path} is cut off: download or copy it again.") from error
+        kind = "a TorchScript model" if "TorchScript" in str(error) else "another kind of file"
+        raise ValueError(
+            f"{path} is not a PyTorch state dict but {kind}: give one written by torch.save(model.state_dict(), ...)."
+        ) from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
-        raise ValueError(f"{path} is not a state dict: it must map parameter names to tensors.")
+        raise ValueError(
+            f"{path} is not a state dict: it must map parameter names to tensors. Of a training checkpoint, save the "
+            "state dict in it alone."
+        )
+    return weights
+
+
+def load_weights(model: RNNT, weights: dict[str, torch.Tensor], source: Path | str) -> None:
+    """Load ``weights``, which were read from ``source``, into ``model``.
+
+    Raises:
+        ValueError: they are those of another architecture, or not all of them are finite numbers.
+    """
+    expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (expected, weights)]
         if shapes[0] != shapes[1]:
             found = "lacks it" if shapes[1] is None else f"has {shapes[1]}"
             wanted = "does not have it" if shapes[0] is None else f"expects {shapes[0]}"
-            raise ValueError(f"{path} does not fit this model: for {name} the model {wanted}, the file {found}.")
+            raise ValueError(
+                f"{source} is of another architecture: for {name} the model {wanted}, the file {found}. Choose the "
+                "--model that it was trained as."
+            )
+        if not weights[name].isfinite().all():
+            raise ValueError(
+                f"{source} has values in {name} that are not finite numbers: its training failed, or the file is "
+                "damaged. Take an earlier checkpoint, or copy it again."
+            )
     model.load_state_dict(weights)
 
 
@@ -124,7 +180,7 @@ def export(
         dict: the metadata that the file carries.
 
     Raises:
-        ValueError: the checkpoint does not fit.
+        ValueError: the checkpoint does not fit, or is not whole.
         OSError: a file cannot be read, downloaded or written.
     """
     model, blank, files = MODELS[model_name](checkpoint)

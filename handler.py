@@ -6,9 +6,8 @@ request takes the same way, from top to bottom of this file:
     request -> bytes -> waveform (mono, 16 kHz) -> features (T, 80) -> tokens -> words -> answer
 
 What needs the model is ``ModelHandler``; the functions before it make waveforms of requests, those after it answers of
-tokens.
-
-Settings come from the ``handler`` section of an archive's model-config.yaml, see ``DEFAULTS``.
+tokens. Where they refuse, they raise what ``refusal`` makes. Settings: ``DEFAULTS``, and model-config.yaml's section
+``handler``.
 """
 
 import base64
@@ -17,23 +16,26 @@ import dataclasses
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import re
-import statistics
+import struct
 import tempfile
 import textwrap
 import time
+import types
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 
 import av
 import torch
+from av.stream import Disposition
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
@@ -52,11 +54,15 @@ SHA256 = re.compile("[0-9a-f]{64}")
 # A model file that holds a plain RNNTBeamSearch takes time and memory that grow with the square of the length.
 MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE = 120
 
-# FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no other protocol.
+# FFmpeg opens what these demuxers know and nothing else: no playlist that names other files, no device, no game.
+DEMUXERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dss,dts,dtshd,dv,eac3,flac,flv,gsm,gxf,iff,ircam,loas,matroska,mlp,mov,mp3,"
+    "mpc,mpc8,mpeg,mpegts,mxf,nistsphere,nut,ogg,oma,qcp,rm,shn,sox,spdif,tak,truehd,tta,voc,w64,wav,wtv,wv,xwma"
+)
 FFMPEG_OPTIONS = {
-    "format_whitelist": "wav,w64,flac,ogg,mp3,aac,mov,matroska,aiff,au,caf,amr",
+    "format_whitelist": DEMUXERS,
     "protocol_whitelist": "none",
-    "advanced_editlist": "0",  # a film may otherwise say in a few bytes that it is to be cut up a thousand times
+    "ignore_editlist": "1",  # FFmpeg can take minutes over it and cuts at whole packets: ``edited`` does it instead
 }
 # The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
 # specific first.
@@ -67,22 +73,45 @@ FORMATS = {
     "srt": ("application/x-subrip; charset=utf-8", ("application/x-subrip",)),
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
 }
-AUDIO_FIELDS = ("data", "file", "audio", "body")  # where the audio is looked for; "body" is a raw body
+# Where the audio is looked for, in forms and JSON; "body" is a raw body.
+AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
+TEXT_FIELDS = ("response_format", "audio_track", "prompt")  # where it is not, whatever their bytes
+BINARY = re.compile(rb"[\x00-\x08\xf8-\xff]")  # bytes that no text has, and the first kilobytes of every audio file
 MAX_FILES = 64  # in one request
-# A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
-PAUSE = 0.6  # seconds
-SEGMENT_SECONDS = 7.0
-LINES = textwrap.TextWrapper(width=42, break_long_words=False)  # of which a subtitle has two at most
+MAX_DEPTH = 8  # of JSON around the audio
+NUMBER = re.compile("[1-9][0-9]{0,14}")
+DATA_URL = re.compile("data:[^,]{0,200};base64,", re.IGNORECASE)
+URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
+FIELD_BYTES = 1024  # more than the head of a form's field takes
+SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
+
 # What decoding may cost, so that no small file keeps a worker busy for minutes or fills the memory: some processor
 # time, and a part of the time that the audio plays; some memory, and a few times what the longest audio needs.
 DECODING_SECONDS, DECODING_RATE = 5.0, 0.1
 DECODING_BYTES, DECODING_COPIES = 2**30, 4
 MAPPED = Path("/proc/self/statm")  # begins with the pages of memory that this process has mapped
 SAMPLE_RATES = (1_000, 1_000_000)  # Hz; to resample what claims another one can take minutes and gigabytes
+# How files begin that FFmpeg does not expect behind the end of another one. A pattern for each: only those that begin
+# with fixed bytes are found quickly.
+BEGINNINGS = (
+    *(rb"RIFF....WAVE", rb"RIFX....WAVE", rb"RF64....WAVE", rb"BW64....WAVE", rb"FORM....AIF[FC]", rb"OggS\x00\x02"),
+    *(rb"\x1aE\xdf\xa3.{0,40}?(?:webm|matroska)", rb"\x00\x00\x00[\x08-\x40]ftyp", rb"FLV\x01.\x00\x00\x00\x09"),
+    *(rb"caff\x00\x01\x00\x00desc", rb"riff.\x91\xcf\x11\xa5\xd6", rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9"),
+)
+SHORTEST = 1024  # bytes of a file in which anything is said; an Ogg file's streams begin nearer to each other
+MAX_PARTS = 1000  # files that were joined to one
+ID3 = re.compile(rb"ID3[\x02-\x04].(.)([\x00-\x7f]{4})", re.DOTALL)  # flags and size
+PADDING = re.compile(rb"\x00*")
+CHUNK = re.compile(rb"[A-Za-z_][A-Za-z0-9_ ]{3}")  # how a part of a WAV file begins
+MAX_TAGS, MAX_CHUNKS = 16, 10_000  # looked at in one file; boxes of an MP4 are chunks, too
+ASIDE = Disposition.comment | Disposition.hearing_impaired | Disposition.visual_impaired  # tracks for some listeners
+SILENT = 0.001  # of full scale: a track that never gets louder has nothing in it
+CANCELLED = 0.5  # of the level that the sum of channels has which have nothing in common: less has lost the sound
+MAX_STUMBLES = 16  # errors of a demuxer one after the other; it may go on after each
+DAMAGED = "The file is damaged, cut off or has gaps; what could be read was transcribed."
+TOO_COSTLY = "To decode the file takes too much time or memory: convert it, to FLAC for instance."
 GAP = 0.1  # seconds between the times in a file and what has been decoded: more is silence, or lost
 LOUDEST = 4.0  # times full scale: what is louder is no recording
-URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
-SEND_AUDIO = "Send the bytes of an audio file (WAV, FLAC, MP3, Ogg/Opus, M4A, WebM, ...) as the request body"
 
 # What export_model.py puts into the model file.
 EXTRA_FILES = ("metadata.json", "global_stats.json", "tokenizer.model")
@@ -94,15 +123,22 @@ SEGMENT_SAMPLES = EMFORMER_RNNT_BASE_LIBRISPEECH.segment_length * HOP_SAMPLES
 RIGHT_CONTEXT = EMFORMER_RNNT_BASE_LIBRISPEECH.right_context_length  # feature frames
 ENCODER_STRIDE = 4  # feature frames to a frame of the encoder
 FRAME_SECONDS = ENCODER_STRIDE * HOP_SAMPLES / SAMPLE_RATE
-# Features are extracted in pieces of this many hops (one minute): the spectrum of an hour would take a gigabyte.
-PIECE_HOPS = 6000
-# Runs before the first request: TorchScript profiles the first two calls and optimises on the third.
-WARM_UP_RUNS = 4
+PIECE_HOPS = 6000  # features are extracted in pieces of a minute: the spectrum of an hour would take a gigabyte
+WARM_UP_RUNS = 4  # before the first request: TorchScript profiles the first two calls and optimises on the third
+# A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
+PAUSE = 0.6  # seconds
+SEGMENT_SECONDS = 7.0
+LINES = textwrap.TextWrapper(width=42, break_long_words=False)  # of which a subtitle has two at most
+
+# Seconds that all audio of a request may be together; those left for a file; processor time used before this request.
+Limits = tuple[int, float, float]
+# What is played of a track: from which of its seconds (None: silence), and how many.
+Edits = list[tuple[float | None, float]]
 
 
-def refusal(status: HTTPStatus, kind: str, message: str) -> PredictionException:
+def refusal(status: int, kind: str, message: str) -> PredictionException:
     """What is raised for a request that cannot be answered: TorchServe's exception, with a ``kind`` for programs."""
-    error = PredictionException(message, status)
+    error = PredictionException(message, HTTPStatus(status))
     error.kind = kind
     return error
 
@@ -123,10 +159,11 @@ def settings_of(context, known: dict[str, int | str | None]) -> dict[str, int | 
         if name not in known:
             raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(known)}.")
         if name == "sha256":
-            if not (isinstance(value, str) and SHA256.fullmatch(value)):
-                raise ValueError("model-config.yaml: handler: sha256 must be 64 hexadecimal digits, in quotes.")
-        elif type(value) is not int or value < 1:  # a bool is an int, too
-            raise ValueError(f"model-config.yaml: handler: {name} must be a whole number from 1, not {value!r}.")
+            valid, values = isinstance(value, str) and SHA256.fullmatch(value), "64 hexadecimal digits, in quotes"
+        else:
+            valid, values = type(value) is int and value >= 1, "a whole number from 1"  # a bool is an int, too
+        if not valid:
+            raise ValueError(f"model-config.yaml: handler: {name} must be {values}, not {value!r}.")
     return known | given
 
 
@@ -136,27 +173,32 @@ def json_body(request: dict) -> dict:
     return body if isinstance(body, dict) else {}
 
 
-def format_of(request: dict, headers: dict, has_times: bool) -> str:
-    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
+def field(request: dict, name: str) -> object:
+    """What a form, a query or a JSON body has under this name; bytes as text."""
+    value = request.get(name) or json_body(request).get(name)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else value
 
-    Raises:
-        PredictionException: there is no such format, or the model file gives no times and it needs them.
-    """
-    name = request.get("response_format") or json_body(request).get("response_format")
-    if not name:
-        accept = [value for name, value in headers.items() if name.lower() == "accept" and isinstance(value, str)]
-        name = accepted("".join(accept).lower().replace(" ", "").replace('"', "") or "*/*")
-    elif isinstance(name, bytes | bytearray):
-        name = name.decode("ascii", "replace")
+
+def track_of(request: dict, headers: dict[str, str]) -> int | None:
+    """The sound track, from 1, that the field ``audio_track`` or the header ``x-audio-track`` chooses."""
+    track = str(field(request, "audio_track") or headers.get("x-audio-track", "")).strip()
+    if track and not NUMBER.fullmatch(track):
+        message = "audio_track (or the header x-audio-track) must be the number of one of the sound tracks, from 1."
+        raise refusal(400, "NoSuchTrack", message)
+    return int(track) if track else None
+
+
+def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
+    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``."""
+    name = field(request, "response_format")
+    name = name or accepted(headers.get("accept", "").lower().replace(" ", "").replace('"', "") or "*/*")
     if not isinstance(name, str) or name not in FORMATS:
-        message = (
-            f"There is no such format. The field response_format may be {', '.join(FORMATS)}; the header Accept "
-            f"{', '.join(media_types[0] for _, media_types in FORMATS.values())}."
-        )
-        raise refusal(HTTPStatus.NOT_ACCEPTABLE, "UnknownFormat", message)
+        media_types = ", ".join(media_types[0] for _, media_types in FORMATS.values())
+        allowed = f"The field response_format may be {', '.join(FORMATS)}; the header Accept {media_types}."
+        raise refusal(406, "UnknownFormat", f"There is no such format. {allowed}")
     if name not in ("text", "json") and not has_times:
         message = "The model file gives no times: only the formats text and json can be had."
-        raise refusal(HTTPStatus.NOT_ACCEPTABLE, "NoTimes", message)
+        raise refusal(406, "NoTimes", message)
     return name
 
 
@@ -177,45 +219,57 @@ def accepted(accept: str) -> str | None:
     return best if weights[best][0] > 0 else None
 
 
-def audio_files(request: dict) -> Iterator[bytes | bytearray]:
-    """The audio files in a request, however they were sent: raw body, form field, base64 text or JSON.
+def audio_files(request: dict, headers: dict[str, str]) -> Iterator[bytes | bytearray]:
+    """The audio files in a request, however they were sent: raw body, form fields, base64 text or JSON."""
+    fields = {name: value for name, value in request.items() if name not in TEXT_FIELDS}
+    sent = [value for value in fields.values() if isinstance(value, bytes | bytearray | str)]
+    # A form may have other fields beside the files: where none is binary or has a usual name, the file is the longest.
+    binary = [value for value in sent if not isinstance(value, str) and BINARY.search(value[:4096])]
+    named = [fields[name] for name in AUDIO_FIELDS if name in fields]
+    found = json_body(request) or binary or [value for value in named or sorted(sent, key=len)[-1:] if value][:1]
+    values = list(itertools.islice(in_json(found or b""), MAX_FILES + 1))
+    if len(values) > MAX_FILES:
+        message = f"The request has more than {MAX_FILES} files, the most for one: send several requests."
+        raise refusal(413, "TooManyFiles", message)
+    arrived = [value.encode("utf-8", "replace") if isinstance(value, str) else value for value in request.values()]
+    size = sum(len(value) for value in arrived if isinstance(value, bytes | bytearray))
+    length, form = headers.get("content-length", ""), headers.get("content-type", "").lower().startswith("multipart/")
+    if form and NUMBER.fullmatch(length) and int(length) > size + FIELD_BYTES * (len(arrived) + 1):
+        why = "TorchServe keeps the last of several files under one name"
+        message = f"Of the form's {length} bytes only {size} arrived: {why}. Give each a name of its own."
+        raise refusal(400, "LostFile", message)
+    return map(audio_of, values)
 
-    Raises:
-        PredictionException: there is none.
-    """
-    body = json_body(request)
-    if "instances" in body:  # KServe's way of sending several at once
-        instances = body["instances"] if isinstance(body["instances"], list) else []
-        values = [instance.get("data") if isinstance(instance, dict) else 0 for instance in instances]
-        if len(values) > MAX_FILES:
-            message = f"The request has {len(values)} files, and one may have {MAX_FILES}: send several requests."
-            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooManyFiles", message)
-    elif body:
-        values = [body.get("data", 0)]
+
+def in_json(value: object, depth: int = 0) -> Iterator[object]:
+    """What may be audio in JSON, under the names and in the lists in which clients send it."""
+    if isinstance(value, dict) and value and depth < MAX_DEPTH:
+        yield from in_json(next((value[name] for name in AUDIO_FIELDS if value.get(name)), 0), depth + 1)
+    elif isinstance(value, list) and value and depth < MAX_DEPTH:
+        for each in value:
+            yield from in_json(each, depth + 1)
     else:
-        # A form may have other fields beside the file: where none has a usual name, the file is the longest.
-        named = [request[name] for name in AUDIO_FIELDS if name in request]
-        others = [value for name, value in request.items() if name != "response_format"]
-        others = sorted((value for value in others if isinstance(value, bytes | bytearray | str)), key=len)
-        values = [next((value for value in named or others[::-1] if value), b"")]
-    for value in values or [b""]:
-        if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
-            # With or without a data URI's head, line breaks and padding; either alphabet.
-            text = "".join(value[value.find(";base64,") + 8 if value.startswith("data:") else 0 :].split())
-            text = text.translate(URL_SAFE).rstrip("=")
-            try:
-                value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-            except ValueError:
-                message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
-                raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message) from None
-        if not isinstance(value, bytes | bytearray):
-            message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}}.'
-            raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message)
-        if not value:
-            hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
-            message = f"The request has no audio. {SEND_AUDIO} ({hint})."
-            raise refusal(HTTPStatus.BAD_REQUEST, "EmptyBody", message)
         yield value
+
+
+def audio_of(value: object) -> bytes | bytearray:
+    """The bytes of a file that were sent as they are or in base64."""
+    if isinstance(value, str):  # text/* or JSON, as TorchServe's own handlers take images
+        # With or without a data URL's head, line breaks and padding; either alphabet.
+        text = "".join(DATA_URL.sub("", value, count=1).split()).translate(URL_SAFE).rstrip("=")
+        try:
+            value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except ValueError:
+            message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
+            raise refusal(400, "NotAudio", message) from None
+    if not isinstance(value, bytes | bytearray):
+        names = f"for data you may write {', '.join(AUDIO_FIELDS[1:-1])}, too"
+        message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}} ({names}).'
+        raise refusal(400, "NotAudio", message)
+    if not value:
+        hint = "with curl: -T speech.wav, or --data-binary @speech.wav -H 'Content-Type: application/octet-stream'"
+        raise refusal(400, "EmptyBody", f"The request has no audio. {SEND_AUDIO} ({hint}).")
+    return value
 
 
 # From bytes to a waveform
@@ -227,48 +281,42 @@ def decode_audio(
     longest: int = DEFAULTS["max_audio_seconds"],
     left: float = math.inf,
     used: float = math.inf,
+    track: int | None = None,
 ) -> torch.Tensor:
     """Decode an audio file of any sample rate, channel count and bit depth, as far as it goes.
 
     PyAV, because its wheel brings FFmpeg along: nothing has to be installed on the system.
 
     Args:
-        audio (bytes or bytearray): the file.
-        notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended.
-        longest (int): that all audio of a request may be together, in seconds.
-        left (float): of that, for this file.
+        audio (bytes or bytearray): the file, or several that were joined end to end.
+        notes (list[str] or None): gets a sentence for the caller about each thing that had to be mended or chosen.
+        longest (int): seconds that all audio of a request may be together; ``left`` of them for this file.
         used (float): this thread's processor time when the request came, in seconds.
+        track (int or None): which of the file's sound tracks, from 1; by default the first that is to be heard.
 
     Returns:
         Tensor: (samples,), float32, full scale 1.0, mono, at ``SAMPLE_RATE``.
-
-    Raises:
-        PredictionException: the bytes are no audio file, or it has no audio, or too much, or costs too much to decode.
     """
-    # Grows in place: of an hour, the pieces and the whole beside each other are hundreds of megabytes.
-    samples, notes = bytearray(), [] if notes is None else notes
+    parts, found, problem = [], [], None
     try:
-        with (
-            limited_memory(longest),
-            av.open(io.BytesIO(audio), options=FFMPEG_OPTIONS, metadata_errors="replace") as container,
-        ):
-            if not container.streams.audio:
-                message = f"The file has no audio stream. {SEND_AUDIO}."
-                raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoAudioStream", message)
-            for piece in resampled(sound_frames(container, longest, left, used, notes)):
-                samples += piece.numpy().data
-    except av.error.DecoderNotFoundError:
-        message = f"There is no decoder for the file's sound. {SEND_AUDIO}."
-        raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "NoDecoder", message) from None
+        with limited_memory(longest):
+            for file in files_in(audio):
+                decoded = sum(map(len, parts)) / SAMPLE_RATE
+                try:
+                    parts.append(sound_of(mended_wav(file), found, (longest, left - decoded, used), track))
+                except PredictionException as error:
+                    if error.error_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                        raise
+                    problem = error
+            waveform = joined(parts)
     except MemoryError:
-        raise too_costly() from None
-    except (av.FFmpegError, ValueError, ZeroDivisionError):
-        notes.append("The file is damaged or cut off; what could be read was transcribed.")
-    if not samples:
-        kind, what = ("NotAudio", "is not audio I can read") if notes else ("NoSamples", "has no samples of sound")
-        message = f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}."
-        raise refusal(HTTPStatus.BAD_REQUEST, kind, message)
-    return sane(torch.frombuffer(samples, dtype=torch.float32), notes)
+        raise refusal(413, "TooCostly", TOO_COSTLY) from None
+    if not len(waveform):
+        kind, what = ("NotAudio", "is not audio I can read") if found else ("NoSamples", "has no samples of sound")
+        raise problem or refusal(400, kind, f"What was sent ({len(audio)} bytes) {what}. {SEND_AUDIO}.")
+    notes = [] if notes is None else notes
+    notes += dict.fromkeys(found)
+    return sane(waveform, notes)
 
 
 @contextlib.contextmanager
@@ -290,87 +338,295 @@ def limited_memory(longest: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def too_costly() -> PredictionException:
-    message = "To decode the file takes too much time or memory: convert it, to FLAC for instance."
-    return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooCostly", message)
+def check_time(limits: Limits, seconds: float = 0.0) -> None:
+    """Refuse a file of which ``seconds`` have been decoded in more processor time than ``limits`` leave."""
+    longest, left, used = limits
+    if time.thread_time() - used > DECODING_SECONDS + DECODING_RATE * (longest - left + seconds):
+        raise refusal(413, "TooCostly", TOO_COSTLY)
+
+
+def check_length(limits: Limits, seconds: float) -> None:
+    """Refuse a file that plays for more ``seconds`` than ``limits`` leave."""
+    longest, left, _ = limits
+    if seconds > left + 0.001:
+        message = f"The audio is longer than {longest} s, the most for a request: send it in pieces."
+        raise refusal(413, "AudioTooLong", message)
+
+
+def files_in(audio: bytes | bytearray) -> Iterator[bytes | bytearray]:
+    """The files that were joined end to end, as a rule one, each without the ID3 tags before it.
+
+    FFmpeg goes on by itself where a format has no header (MP3, AAC, MPEG-TS), and passes over small tags only.
+    """
+    begins, last = {0}, -SHORTEST
+    for place in sorted(found.start() for kind in BEGINNINGS for found in re.finditer(kind, audio, re.DOTALL)):
+        if place >= last + SHORTEST:
+            begins.add(place)
+            last = place
+    if len(begins) > MAX_PARTS:
+        message = f"More than {MAX_PARTS} files are joined in what was sent: send them in several requests."
+        raise refusal(413, "TooManyFiles", message)
+    for begin, end in itertools.pairwise([*sorted(begins), len(audio)]):
+        place = begin
+        for _ in range(MAX_TAGS):
+            if not (tag := ID3.match(audio, place)):
+                break
+            size = sum(digit << shift for digit, shift in zip(tag[2], (21, 14, 7, 0), strict=True))
+            place = PADDING.match(audio, place + 10 + size + (10 if tag[1][0] & 16 else 0)).end()
+        if len(begins) == 1 and place in (0, end):
+            yield audio
+        elif place < end:
+            yield audio[place:end]
+
+
+def mended_wav(file: bytes | bytearray) -> bytes | bytearray:
+    """A WAV file with a header that FFmpeg reads as it was meant; any other file, and most WAV files, as they are.
+
+    Mended are big-endian samples (RIFX), sizes that were never filled in (RF64), and chunks of odd size without the
+    byte that should follow them.
+    """
+    if file[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or file[8:12] != b"WAVE":
+        return file
+    order, content = "big" if file[:4] == b"RIFX" else "little", memoryview(file)
+    chunks, place, well = {}, 12, file[:4] == b"RIFF"
+    for _ in range(MAX_CHUNKS):
+        name, size = bytes(content[place : place + 4]), int.from_bytes(content[place + 4 : place + 8], order)
+        place += 8
+        if name == b"data":
+            break
+        chunks[name] = bytes(content[place : place + min(size, 64)])
+        place += size
+        unpadded = size % 2 and CHUNK.match(file, place)
+        well, place = well and not unpadded, place if unpadded else place + size % 2
+    form = chunks.get(b"fmt ", b"")
+    if well or name != b"data" or len(form) < 16:
+        return file
+    if size in (0, 0xFFFFFFFF):
+        size = int.from_bytes(chunks.get(b"ds64", b"")[8:16], "little") or len(file)
+    sound = content[place : place + size]
+    if order == "big":
+        tag, channels, rate, per_second, block, bits = struct.unpack(">HHIIHH", form[:16])
+        tag = max(form[24:28], default=0) if tag == 0xFFFE else tag  # an extension of 1 or 3, in whichever order
+        form = struct.pack("<HHIIHH", tag, channels, rate, per_second, block, bits)
+        width = max(block // max(channels, 1), 1) if tag in (1, 3) else 1  # bytes of a sample
+        whole = sound[: len(sound) // width * width]
+        sound = bytearray(whole)
+        for byte in range(width):
+            sound[byte::width] = whole[width - 1 - byte :: width]
+    form += bytes(len(form) % 2)
+    head = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(sound))
+    return b"".join([b"RIFF", struct.pack("<I", len(head) + len(sound)), head, sound])
+
+
+@contextlib.contextmanager
+def opened(file: bytes | bytearray, limits: Limits) -> Iterator[av.container.InputContainer]:
+    """A file in FFmpeg, which looks for its streams meanwhile, in hostile ones for very long."""
+    source, opening = io.BytesIO(file), [True]
+
+    def read(size: int) -> bytes:
+        if opening:
+            check_time(limits)
+        return source.read(size)
+
+    reader = types.SimpleNamespace(read=read, seek=source.seek, tell=source.tell)
+    with av.open(reader, options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
+        opening.clear()
+        yield container
+
+
+def sound_of(file: bytes | bytearray, notes: list[str], limits: Limits, wanted: int | None) -> torch.Tensor:
+    """One file's sound (samples,): of its tracks the one that is wanted, or else the first that is to be heard."""
+    waveform, said, places = torch.empty(0), [], None
+    while places is None or places:
+        samples, found, edits = bytearray(), [], []  # samples grow in place: of an hour, a copy is 230 MB
+        try:
+            with opened(file, limits) as container:
+                tracks = container.streams.audio
+                places = tracks_to_try(tracks, wanted) if places is None else places
+                track = tracks[places.pop(0)]
+                edits = edits_of(file, container, track)
+                for piece in resampled(sound_frames(container, track, limits, found), found):
+                    samples += piece.numpy().data
+                if len(tracks) > 1 and not wanted:
+                    number = tracks.index(track) + 1
+                    found.append(f"Of {len(tracks)} sound tracks this is number {number}; audio_track chooses another.")
+        except MemoryError:
+            raise
+        except (av.FFmpegError, ValueError, ZeroDivisionError):
+            found.append(DAMAGED)
+            places = places or []
+        played = torch.frombuffer(samples, dtype=torch.float32) if samples else torch.empty(0)
+        played = edited(played, edits, limits)
+        loud = peak_of(played) > SILENT
+        if loud or len(played) >= len(waveform):
+            waveform, said = played, found
+        if loud:
+            break
+    notes += said
+    return waveform
+
+
+def tracks_to_try(tracks: Sequence[av.AudioStream], wanted: int | None) -> list[int]:
+    """The places of a file's sound tracks that can be decoded, those first that a player would play."""
+    if not tracks:
+        raise refusal(415, "NoAudioStream", f"The file has no audio stream. {SEND_AUDIO}.")
+    if wanted and wanted > len(tracks):
+        message = f"The file has no sound track {wanted}: audio_track may be 1 to {len(tracks)}."
+        raise refusal(400, "NoSuchTrack", message)
+    places = [place for place, track in enumerate(tracks) if track.codec_context and wanted in (None, place + 1)]
+    if not places:
+        raise refusal(415, "NoDecoder", f"There is no decoder for the file's sound. {SEND_AUDIO}.")
+    kinds = [track.disposition for track in tracks]
+    return sorted(places, key=lambda place: (not kinds[place] & Disposition.default, bool(kinds[place] & ASIDE)))
+
+
+def packets_of(container: av.container.InputContainer, stream: av.AudioStream, notes: list[str]) -> Iterator[av.Packet]:
+    """A stream's packets and an empty one, which flushes the decoder, whatever the demuxer stumbles over."""
+    stumbles = 0
+    while stumbles < MAX_STUMBLES:
+        try:
+            for packet in container.demux(stream):
+                stumbles = 0
+                yield packet
+            return
+        except MemoryError:
+            raise
+        except IndexError:
+            pass  # a packet of a stream that appeared midway, which PyAV does not know
+        except av.FFmpegError:
+            stumbles += 1
+            notes.append(DAMAGED)
+    flush = av.Packet()
+    flush.stream = stream
+    yield flush
 
 
 def sound_frames(
-    container: av.container.InputContainer, longest: int, left: float, used: float, notes: list[str]
+    container: av.container.InputContainer, stream: av.AudioStream, limits: Limits, notes: list[str]
 ) -> Iterator[tuple[float, av.AudioFrame]]:
-    """The sound's frames as they are, each with the seconds in which there is no sound before it.
-
-    Raises:
-        PredictionException: they last longer than ``left`` seconds, or take too long to decode.
-    """
-    damaged, seconds = False, 0.0
+    """The sound's frames as they are, each with the seconds in which there is no sound before it."""
+    damaged, seconds, least, (_, left, _) = False, 0.0, 0.0, limits
     origin = (container.start_time or 0) / av.time_base
-    for packet in container.demux(audio=0):
-        if time.thread_time() - used > DECODING_SECONDS + DECODING_RATE * (longest - left + seconds):
-            raise too_costly()
+    for packet in packets_of(container, stream, notes):
+        check_time(limits, seconds)
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except MemoryError:
+            raise
+        except (av.FFmpegError, ValueError):
             frames, damaged = [], True
+        least = least if frames else 0.0  # what this packet would have played is silence
         for frame in frames:
             if not SAMPLE_RATES[0] <= frame.sample_rate <= SAMPLE_RATES[1]:
                 damaged = True
                 continue
             gap = 0.0 if frame.time is None else frame.time - origin - seconds
-            gap = gap if GAP < gap < left - seconds else 0.0
-            damaged = damaged or (gap > 0 and seconds > 0)
+            gap = gap if least < gap < left - seconds else 0.0
+            damaged, least = damaged or (gap > 0 and seconds > 0), GAP
             # Before resampling: one small frame that claims a few samples a second would become gigabytes.
             seconds += gap + frame.samples / frame.sample_rate
-            if seconds > left + 0.001:
-                declared = f" (it says of itself: {container.duration / 1e6:.0f} s)" if container.duration else ""
-                message = f"The audio is longer than {longest} s, the most for a request{declared}: send it in pieces."
-                raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+            check_length(limits, seconds)
             yield gap, frame
     if damaged:
-        notes.append("The file is damaged or has gaps; what could be read was transcribed.")
+        notes.append(DAMAGED)
 
 
-def resampled(frames: Iterator[tuple[float, av.AudioFrame]]) -> Iterator[torch.Tensor]:
+def resampled(frames: Iterator[tuple[float, av.AudioFrame]], notes: list[str]) -> Iterator[torch.Tensor]:
     """Bring decoded frames to ``SAMPLE_RATE`` and mix their channels: pieces (samples,), float32.
 
     Packed samples, because PyAV crashes on planar frames of eight channels and more.
     """
     resampler, source = None, None
-    for gap, frame in frames:
-        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+    for gap, frame in itertools.chain(frames, [(0.0, None)]):
+        kind = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != source or gap:  # also midway, in files that were joined
-            if resampler:
-                yield from map(mono, resampler.resample(None))  # what is left in it
+            yield from (mono(rest, notes) for rest in (resampler.resample(None) if resampler else []))
+            yield torch.zeros(round(gap * SAMPLE_RATE))
             # In pieces of some seconds: one for every decoded frame would take three times as long.
             resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE, frame_size=4 * SAMPLE_RATE)
             source = kind
-            yield torch.zeros(round(gap * SAMPLE_RATE))
-        yield from map(mono, resampler.resample(frame))
-    if resampler:
-        yield from map(mono, resampler.resample(None))
+        if frame:
+            yield from (mono(part, notes) for part in resampler.resample(frame))
 
 
-def mono(frame: av.AudioFrame) -> torch.Tensor:
-    """The mean of the channels, (samples,): FFmpeg's own downmix would be 3 dB louder than either side."""
-    return torch.from_numpy(frame.to_ndarray()).view(frame.samples, -1).mean(dim=1)
+def mono(frame: av.AudioFrame, notes: list[str]) -> torch.Tensor:
+    """The mean of the channels, (samples,), or the loudest where they cancel each other out.
+
+    FFmpeg's own downmix would be 3 dB louder than either side.
+    """
+    channels = torch.from_numpy(frame.to_ndarray()).view(frame.samples, -1)  # (samples, channels)
+    mean, count = channels.mean(dim=1), channels.shape[1]
+    if count > 1 and count * mean.norm() < CANCELLED * channels.norm():
+        mean = channels[:, channels.norm(dim=0).argmax()].contiguous()
+        notes.append("The channels cancel each other out (opposite phases): the loudest was transcribed.")
+    return mean
+
+
+def boxes(file: bytes | bytearray) -> Iterator[tuple[bytes, memoryview]]:
+    """Name and content of an MP4's boxes, in order; those around edit lists before what is in them."""
+    content, place = memoryview(file), 0
+    for _ in range(MAX_CHUNKS):
+        size, name, head = int.from_bytes(content[place : place + 4], "big"), bytes(content[place + 4 : place + 8]), 8
+        if size == 1:
+            size, head = int.from_bytes(content[place + 8 : place + 16], "big"), 16
+        yield name, content[place + head : place + size]
+        if size < head:  # 0: to the end
+            return
+        place += head if name in (b"moov", b"trak", b"edts") else size
+
+
+def edits_of(file: bytes | bytearray, container: av.container.InputContainer, track: av.AudioStream) -> Edits:
+    """What an MP4's edit list plays of a track, in order."""
+    edits, scale, number, in_pieces = [], 0, 0, False
+    origin = (container.start_time or 0) / av.time_base
+    for name, box in boxes(file) if container.format.name.startswith("mov,") else ():
+        in_pieces = in_pieces or name == b"mvex"
+        if name in (b"mvhd", b"tkhd"):  # units to a second; the track's number: behind two dates of 4 or 8 bytes
+            value = int.from_bytes(box[20:24] if box[:1] == b"\1" else box[12:16], "big")
+            scale, number = (value, number) if name == b"mvhd" else (scale, value)
+        elif name == b"elst" and number == track.id and scale and not edits:
+            entry = struct.Struct(">QqI" if box[:1] == b"\1" else ">IiI")
+            count = min(int.from_bytes(box[4:8], "big"), (len(box) - 8) // entry.size, MAX_CHUNKS)
+            for length, start, _ in entry.iter_unpack(box[8 : 8 + count * entry.size]):
+                begin, seconds = float(start * track.time_base) - origin, length / scale
+                edits.append((None, seconds) if start < 0 else (begin, seconds or math.inf))
+    if in_pieces and edits and edits[-1][0] is not None:  # its end was not known when this was written
+        edits[-1] = (edits[-1][0], math.inf)
+    return edits
+
+
+def edited(waveform: torch.Tensor, edits: Edits, limits: Limits) -> torch.Tensor:
+    """What an edit list plays of ``waveform`` (samples,); all of it where that would be nothing."""
+    pieces, played = [], 0.0  # seconds
+    for start, seconds in edits:
+        ends = (0.0, 0.0) if start is None else (max(start, 0.0), max(start + seconds, 0.0))
+        begin, end = (round(min(second * SAMPLE_RATE, len(waveform))) for second in ends)
+        played += seconds if start is None else (end - begin) / SAMPLE_RATE
+        check_length(limits, played)
+        pieces.append(torch.zeros(round(seconds * SAMPLE_RATE)) if start is None else waveform[begin:end])
+    return joined(pieces) if played else waveform
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """All ``parts`` (samples,) in order; one alone is not copied: of an hour, that would be 230 MB."""
+    return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
+
+
+def peak_of(waveform: torch.Tensor) -> float:
+    """The largest of ``waveform``'s (samples,) absolute values."""
+    return float(torch.linalg.vector_norm(waveform, math.inf)) if len(waveform) else 0.0  # .abs() would copy an hour
 
 
 def sane(waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
-    """``waveform`` without what is no number, and within full scale; adds to ``notes`` what was done.
-
-    Raises:
-        PredictionException: most of it is no number.
-    """
-    peak = float(torch.linalg.vector_norm(waveform, math.inf))  # of an hour, .abs() would be 230 MB more
-    if not math.isfinite(peak):
+    """``waveform`` (samples,) without what is no number, and within full scale; adds to ``notes`` what was done."""
+    if not math.isfinite(peak := peak_of(waveform)):
         finite = waveform.isfinite()
         missing = len(waveform) - int(finite.sum())
         if 2 * missing > len(waveform):
-            message = f"The samples are no sound: most of them are not numbers. {SEND_AUDIO}."
-            raise refusal(HTTPStatus.BAD_REQUEST, "NotAudio", message)
+            raise refusal(400, "NotAudio", f"The samples are no sound: most of them are not numbers. {SEND_AUDIO}.")
         notes.append(f"{missing} samples that are not numbers were taken for silence.")
         waveform = waveform.where(finite, 0.0)
-        peak = float(waveform.abs().max())
+        peak = peak_of(waveform)
     if peak > LOUDEST:  # float files only; often integers that nobody has scaled
         # All but the loudest: a single wrong sample must not make silence of the others.
         level = float(waveform.abs().kthvalue(math.ceil(0.9999 * len(waveform))).values)
@@ -383,31 +639,22 @@ def sane(waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
 
 
 class ModelHandler:
-    """One worker's model: TorchServe calls ``initialize`` once and ``handle`` for every batch of requests.
-
-    Attributes:
-        model (torch.jit.ScriptModule): the engine, a scripted ``torchaudio.models.RNNTBeamSearch`` or a drop-in.
-        device (torch.device): where it runs.
-        initialized (bool): whether ``initialize`` has succeeded.
-    """
+    """One worker's model: TorchServe calls ``initialize`` once and ``handle`` for every batch of requests."""
 
     known_settings = DEFAULTS  # of the section ``handler`` in model-config.yaml
 
     def __init__(self) -> None:
-        self.model = None
-        self.device = None
+        self.model = None  # torch.jit.ScriptModule: a scripted ``torchaudio.models.RNNTBeamSearch`` or a drop-in
+        self.device = None  # torch.device
         self.initialized = False
 
     def initialize(self, context) -> None:
         """Load the model and build the feature extractor and the token processor, once for all requests.
 
-        Args:
-            context (ts.context.Context): ``system_properties`` (``model_dir``, ``gpu_id``), ``manifest`` and
-                ``model_yaml_config`` are read.
+        Of ``context`` (ts.context.Context) it reads ``system_properties``, ``manifest`` and ``model_yaml_config``.
 
         Raises:
-            ValueError: model-config.yaml has a handler setting that does not exist or cannot have that value, or names
-                another SHA-256 than the model file has.
+            ValueError: a wrong setting in model-config.yaml, or another SHA-256 there than the model file has.
             FileNotFoundError: the archive has no model file.
         """
         properties = context.system_properties
@@ -419,11 +666,9 @@ class ModelHandler:
         model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         if not model_path.is_file():
             raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
-        if self.settings["sha256"]:
-            with model_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                found = hashlib.sha256(content).hexdigest()
-            if found != self.settings["sha256"]:
-                raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
+        expected = self.settings["sha256"]
+        if expected and (found := hashlib.sha256(model_path.read_bytes()).hexdigest()) != expected:
+            raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
         model = torch.jit.load(str(model_path), map_location="cpu", _extra_files=files).eval()
         self._build_processors(files)
@@ -440,8 +685,8 @@ class ModelHandler:
         if hasattr(self.model, "decode"):
             self.model.window_segments = self.settings["window_segments"]
         else:
-            limits = (self.settings["max_audio_seconds"], MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE)
-            self.settings["max_audio_seconds"] = min(limits)
+            longest = self.settings["max_audio_seconds"]
+            self.settings["max_audio_seconds"] = min(longest, MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE)
         logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
 
         self._warm_up()
@@ -482,9 +727,8 @@ class ModelHandler:
             context (ts.context.Context): has each request's headers, takes its status, content type and metrics.
 
         Returns:
-            list[str | dict]: in the order of ``data``, an answer each in the format that was asked for, by default the
-            transcript; for a request that cannot be answered an object with ``code``, ``type`` and ``message``, sent
-            with that HTTP status.
+            list[str | dict]: an answer each, in the format that was asked for; for a request that cannot be answered an
+            object with ``code``, ``type`` and ``message``.
         """
         started = time.perf_counter()
         answers: list[str | dict] = [{}] * len(data)
@@ -492,8 +736,9 @@ class ModelHandler:
         spent: Counter[str] = Counter()  # seconds by step
         for index, request in enumerate(data):
             try:
-                headers = context.get_all_request_header(index)
-                if not any(isinstance(value, str) for value in headers.values()):
+                headers = context.get_all_request_header(index).items()
+                headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
+                if not headers:
                     # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
                     # StreamPredictions call does not say that it is the last one.
                     context.set_response_header(index, "ts_stream_next", "false")
@@ -507,7 +752,8 @@ class ModelHandler:
         spent["engine"] = time.perf_counter() - searching
         for index, request in sounds.items():
             try:
-                answers[index] = self._answer(index, context, request, "instances" in json_body(data[index]))
+                several = len(request) > 1 or "instances" in json_body(data[index])
+                answers[index] = self._answer(index, context, request, several)
             except Exception as error:
                 answers[index] = refused(index, context, error)
         spent["handler"] = time.perf_counter() - started
@@ -524,12 +770,12 @@ class ModelHandler:
     def _sounds(self, request: dict, headers: dict, spent: Counter[str]) -> list[dict]:
         """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
         response_format = format_of(request, headers, has_times=hasattr(self.model, "decode"))
-        sounds, used = [], time.thread_time()
+        sounds, used, track = [], time.thread_time(), track_of(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
-        for audio in audio_files(request):
+        for audio in audio_files(request, headers):
             started, notes = time.perf_counter(), []
             try:
-                waveform = decode_audio(audio, notes, longest, left, used)
+                waveform = decode_audio(audio, notes, longest, left, used, track)
             finally:
                 decoded = time.perf_counter()
                 spent["decode"] += decoded - started
@@ -588,15 +834,10 @@ class ModelHandler:
 
     def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""
-        answers = []
-        for sound in sounds:
-            if isinstance(sound["heard"], Exception):
-                raise sound["heard"]
-            answers.append(self._formatted(sound))
+        answers = [self._formatted(sound) for sound in sounds]
         content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
         context.set_response_content_type(index, content_type)
-        mended = [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]
-        if mended:
+        if mended := [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]:
             note = f"{len(mended)} of the files had to be mended: ask for verbose_json." if several else mended[0]
             context.set_response_header(index, "x-audio-notes", note)
         measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
@@ -604,24 +845,19 @@ class ModelHandler:
 
     def _formatted(self, sound: dict) -> str | dict:
         """The answer for one file, in the format that was asked for."""
+        if isinstance(sound["heard"], Exception):
+            raise sound["heard"]
         best, *_ = hypotheses = sound["heard"]
         text = self.tokens_to_text(best[0])
-        if sound["format"] == "text":
-            return text
-        if sound["format"] == "json":
-            return {"text": text}
-        words = words_of(*best, sound["duration"], self.tokens_to_text, self.word_delays)
+        if sound["format"] in ("text", "json"):
+            return text if sound["format"] == "text" else {"text": text}
+        words = words_of(best, sound["duration"], self.tokens_to_text, self.word_delays)
         segments = segments_of(words)
         if sound["format"] != "verbose_json":
             return subtitles(segments, sound["format"])
-        answer = {
-            "text": text,
-            "duration": round(sound["duration"], 3),
-            "language": "english",
-            "model": self.model_name,
-        }
-        answer["segments"] = [{"id": i} | segment for i, segment in enumerate(segments)]
-        answer["words"] = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
+        answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
+        words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
+        answer |= {"model": self.model_name, "segments": segments, "words": words}
         if self.settings["beam_width"] > 1:
             scores: dict[str, float] = {}
             for tokens, score, *_ in hypotheses:
@@ -633,39 +869,29 @@ class ModelHandler:
 # From tokens to the answer
 
 
-def words_of(
-    tokens: list[int],
-    score: float,
-    frames: list[int],
-    log_probs: list[float],
-    duration: float,
-    processor: Callable,
-    word_delays: dict[str, float],
-) -> list[dict]:
-    """The words of a hypothesis, with times in seconds and probabilities.
+def words_of(hypothesis: tuple, duration: float, processor: Callable, word_delays: dict[str, float]) -> list[dict]:
+    """The words of a hypothesis (as ``ModelHandler._search`` gives it), with times in seconds and probabilities.
 
     A word begins at its first token, or where the model marked its beginning by a token that is not text, and ends
-    after its last; both are corrected by ``word_delays``, in seconds.
+    after its last; both are corrected by ``word_delays``, in seconds. ``duration`` is that of the sound, in seconds.
     """
-    pieces, marks = processor.sp_model, processor.post_process_remove_list
-    words: list[dict] = []
-    mark = []  # frame and log-probability of the mark before this token
-    for token, frame, log_prob in zip(tokens[1:], frames, log_probs, strict=True):
-        if token in marks:
-            mark = [(frame, log_prob)]
+    tokens, _, frames, log_probs = hypothesis
+    words, mark = [], []
+    for emitted in zip(tokens[1:], frames, log_probs, strict=True):
+        if emitted[0] in processor.post_process_remove_list:
+            mark = [emitted]
             continue
-        piece = pieces.id_to_piece(token)
+        piece = processor.sp_model.id_to_piece(emitted[0])
         if piece.startswith("\u2581") or not words:
-            words.append({"word": "", "log_probs": [p for _, p in mark], "first": mark[0][0] if mark else frame})
+            words.append({"word": "", "emitted": mark})
         words[-1]["word"] += piece.replace("\u2581", "")
-        words[-1]["last"] = frame + 1
-        words[-1]["log_probs"].append(log_prob)
+        words[-1]["emitted"].append(emitted)
         mark = []
-    words = [word for word in words if word["word"]]
-    latest = 0.0
+    words, latest = [word for word in words if word["word"]], 0.0
     for word in words:
-        start = word["first"] * FRAME_SECONDS - word_delays["start"]
-        end = word["last"] * FRAME_SECONDS - word_delays["end"]
+        word["tokens"], frames, word["log_probs"] = map(list, zip(*word.pop("emitted"), strict=True))
+        start = frames[0] * FRAME_SECONDS - word_delays["start"]
+        end = (frames[-1] + 1) * FRAME_SECONDS - word_delays["end"]
         word["start"] = round(min(max(start, latest), duration), 3)
         word["end"] = latest = round(min(max(end, word["start"]), duration), 3)
         word["probability"] = round(math.exp(min(sum(word["log_probs"]), 0.0)), 4)
@@ -673,44 +899,46 @@ def words_of(
 
 
 def segments_of(words: list[dict]) -> list[dict]:
-    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines."""
+    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines.
+
+    With the names and types of OpenAI's: of what a transducer has not, ``no_speech_prob`` and ``temperature`` are 0, as
+    is ``seek``, because all the audio is decoded at once.
+    """
     groups: list[list[dict]] = []
     for word in words:
-        group = groups[-1] if groups else []
-        text = " ".join(other["word"] for other in [*group, word])
-        if (
-            not group
-            or word["start"] - group[-1]["end"] > PAUSE
-            or word["end"] - group[0]["start"] > SEGMENT_SECONDS
-            or len(LINES.wrap(text)) > 2
-        ):
+        group = groups[-1] if groups else [word]
+        near = word["start"] - group[-1]["end"] <= PAUSE and word["end"] - group[0]["start"] <= SEGMENT_SECONDS
+        if not groups or not near or len(LINES.wrap(text_of([*group, word]))) > 2:
             groups.append([])
         groups[-1].append(word)
-    return [
-        {
-            "start": group[0]["start"],
-            "end": group[-1]["end"],
-            "text": " ".join(word["word"] for word in group),
-            "avg_logprob": round(statistics.fmean(p for word in group for p in word["log_probs"]), 4),
-        }
-        for group in groups
-    ]
+    segments = []
+    for number, group in enumerate(groups):
+        text, log_probs = text_of(group), [log_prob for word in group for log_prob in word["log_probs"]]
+        segment = {"id": number, "seek": 0, "start": group[0]["start"], "end": group[-1]["end"], "text": text}
+        segment |= {"tokens": [token for word in group for token in word["tokens"]], "temperature": 0.0}
+        segment["avg_logprob"] = round(sum(log_probs) / len(log_probs), 4)
+        segment["compression_ratio"] = round(len(text.encode()) / len(zlib.compress(text.encode())), 4)
+        segments.append(segment | {"no_speech_prob": 0.0})
+    return segments
+
+
+def text_of(words: list[dict]) -> str:
+    return " ".join(word["word"] for word in words)
 
 
 def subtitles(segments: list[dict], kind: str) -> str:
     """``segments`` as ``srt`` (SubRip) or ``vtt`` (WebVTT)."""
-    cues = []
+
+    def clock(seconds: float) -> str:
+        minutes, rest = divmod(round(1000 * seconds), 60_000)  # milliseconds
+        point = "," if kind == "srt" else "."
+        return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
+
+    cues = [] if kind == "srt" else ["WEBVTT\n"]
     for number, segment in enumerate(segments, start=1):
-        times = " --> ".join(clock(segment[end], "," if kind == "srt" else ".") for end in ("start", "end"))
+        times = f"{clock(segment['start'])} --> {clock(segment['end'])}"
         cues.append(f"{number}\n{times}\n{LINES.fill(segment['text'])}\n")
-    return "\n".join(cues if kind == "srt" else ["WEBVTT\n", *cues])
-
-
-def clock(seconds: float, point: str) -> str:
-    """As subtitles write it: hours, minutes, seconds and milliseconds."""
-    milliseconds = round(1000 * seconds)
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
+    return "\n".join(cues)
 
 
 # What became of a request

@@ -109,7 +109,7 @@ def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -
         frames += sequence.resampler.resample(frame)
     if last:
         frames += sequence.resampler.resample(None)
-    return torch.cat([torch.empty(0), *(mono(frame) for frame in frames)])
+    return torch.cat([torch.empty(0), *(mono(frame, []) for frame in frames)])
 
 
 # From samples to text
@@ -185,7 +185,7 @@ def transcript(
     if last:
         duration = sequence.heard / SAMPLE_RATE
         emitted = (sequence.frames + frames[0], sequence.log_probs + log_probs[0])
-        words = words_of(blank + sequence.tokens + best, hypotheses[0][3], *emitted, duration, processor, word_delays)
+        words = words_of((blank + sequence.tokens + best, hypotheses[0][3], *emitted), duration, processor, word_delays)
         names = ("word", "start", "end", "probability")
         answer["words"] = [{key: word[key] for key in names} for word in words]
         sequence.stream = sequence.resampler = None  # nothing but the answer is kept

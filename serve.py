@@ -31,6 +31,7 @@ import requests
 HERE = Path(__file__).resolve().parent
 # Written by torchserve when it has started the server.
 PID_FILE = Path(tempfile.gettempdir(), ".model_server.pid")
+MODEL_SERVER = "org.pytorch.serve.ModelServer"  # TorchServe's process is a Java of this class
 MODEL_NAME = "emformer_asr"
 LIVE_NAME = "emformer_asr_live"
 # What Java itself says; the logs are beside it (log4j2.xml).
@@ -38,7 +39,10 @@ CONSOLE = "console.log"
 TORCHSERVE = Path(sys.executable).absolute().parent / "torchserve"
 # The whole start, in seconds: generous, because a large model loads slowly on a busy machine.
 START_TIMEOUT = 300
-# How long a server that runs already may be without a ready worker, in seconds.
+# How long a server may take to end by itself, in seconds.
+STOP_TIMEOUT = 60
+# How long a server that runs already may be without a worker or one that loads the model, in seconds: TorchServe waits
+# before it tries again, longer each time.
 RECOVERY_TIMEOUT = 60
 # TorchServe retries a worker that dies while it loads the model, for minutes; the first time is enough to know.
 WORKER_DIED = re.compile(r"State change WORKER_\w+ -> WORKER_(ERROR|STOPPED)")
@@ -64,7 +68,7 @@ def running_server() -> psutil.Process | None:
     """The TorchServe that the pid file names, if it is alive."""
     try:
         server = psutil.Process(int(PID_FILE.read_text()))
-        return server if "org.pytorch.serve.ModelServer" in server.cmdline() else None
+        return server if MODEL_SERVER in server.cmdline() else None
     except (OSError, ValueError, psutil.Error):
         return None
 
@@ -91,11 +95,8 @@ def give_up(reason: str, log: Path) -> None:
     sys.exit(reason)
 
 
-def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
-    """Whether a model takes requests: one of its workers, or of the live one all.
-
-    A worker that dies comes back by itself, but for one of the live model, to which TorchServe then still sends new
-    sequences, never to be answered.
+def workers_of(config: dict[str, str], name: str) -> list[dict]:
+    """What TorchServe says of a model's workers; nothing as long as it does not know the model.
 
     Raises:
         SystemExit: the server refuses the token in key_file.json.
@@ -104,14 +105,40 @@ def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
     try:
         answer = requests.get(url, headers=authorisation("management"), timeout=5).json()
     except (OSError, ValueError):  # it does not listen yet
-        return False
+        return []
     if isinstance(answer, dict):  # an error: it does not know the model yet, or wants another token
         if answer.get("type") == "InvalidKeyException":
             sys.exit("TorchServe refuses the token in key_file.json, which may have expired: restart it for new ones.")
-        return False
+        return []
+    return answer[0]["workers"]
+
+
+def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
+    """Whether a model takes requests: one of its workers, or of the live one all.
+
+    A worker that dies comes back by itself, but for one of the live model, to which TorchServe then still sends new
+    sequences, never to be answered.
+    """
     # What TorchServe says of a worker is not enough: one that it has lost over gRPC stays "READY".
-    ready = [worker["status"] == "READY" and psutil.pid_exists(worker["pid"]) for worker in answer[0]["workers"]]
+    workers = workers_of(config, name)
+    ready = [worker["status"] == "READY" and psutil.pid_exists(worker["pid"]) for worker in workers]
     return any(ready) and (name != LIVE_NAME or all(ready))
+
+
+def recovers(config: dict[str, str], names: list[str]) -> bool:
+    """Wait until a server that runs already has its workers; false if one does not come back.
+
+    A worker that has just died does so by itself, and may take as long to load its model as at a start.
+    """
+    begun = hopeful = time.monotonic()
+    while time.monotonic() < min(hopeful + RECOVERY_TIMEOUT, begun + START_TIMEOUT):
+        if all(has_ready_worker(config, name) for name in names):
+            return True
+        workers = [worker for name in names for worker in workers_of(config, name)]
+        if any(worker["status"] != "READY" and psutil.pid_exists(worker["pid"]) for worker in workers):
+            hopeful = time.monotonic()
+        time.sleep(1)
+    return False
 
 
 def wait_until_ready(config: dict[str, str], names: list[str], log_folder: Path) -> None:
@@ -159,12 +186,9 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
             sys.exit(f"Another TorchServe is running (process {server.pid}): stop it with `torchserve --stop` first.")
         newest = max(path.stat().st_mtime for path in [*archives, config_path])
         if PID_FILE.stat().st_mtime > newest and all(model in command for model in models):
-            # A worker that has just died comes back by itself: this server is not ours to stop.
-            for _ in range(RECOVERY_TIMEOUT):
-                if all(has_ready_worker(config, name) for name in names):
-                    print(f"TorchServe is running already (process {server.pid}).")
-                    return
-                time.sleep(1)
+            if recovers(config, names):  # if not, this server is not ours to stop
+                print(f"TorchServe is running already (process {server.pid}).")
+                return
             sys.exit(
                 f"TorchServe runs (process {server.pid}), but a worker is missing: look at its log, or `make stop`."
             )
@@ -210,16 +234,23 @@ def health(config_path: Path, live: bool) -> None:
 
 
 def stop() -> None:
-    """Stop the server and wait until it and its workers are gone."""
+    """Stop the server and wait until it and its workers are gone.
+
+    Not by ``torchserve --stop``, which removes the tokens of whatever server was started in this folder.
+    """
     server = running_server()
     if server is None:
         print("TorchServe is not running.")
         return
-    family = [server, *server.children(recursive=True)]
-    subprocess.run([str(TORCHSERVE), "--stop", "--foreground"], check=True, cwd=HERE)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    family, folder = [server, *server.children(recursive=True)], Path(server.cwd())
+    server.terminate()
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT)
     for process in alive:
         process.kill()
+    PID_FILE.unlink(missing_ok=True)
+    others = (process.info for process in psutil.process_iter(["cmdline", "cwd"]))
+    if not any(MODEL_SERVER in (other["cmdline"] or ()) and other["cwd"] == str(folder) for other in others):
+        (folder / "key_file.json").unlink(missing_ok=True)
     print("TorchServe has stopped.")
 
 

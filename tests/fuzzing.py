@@ -2,12 +2,15 @@
 
 import base64
 import random
+import re
+import struct
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torchaudio
 from conftest import encode
+from making import film, id3, nist, riff, with_edits
 
 FORMATS = {  # container: codec, sample rate
     "wav": ("pcm_s16le", 16_000),
@@ -23,7 +26,14 @@ FORMATS = {  # container: codec, sample rate
     "aiff": ("pcm_s16be", 16_000),
     "au": ("pcm_s16be", 16_000),
     "caf": ("pcm_s16le", 16_000),
+    **{name: ("mp3", 44_100) for name in ("avi", "asf", "mpegts", "flv")},
+    **{"mpeg": ("mp2", 44_100), "wtv": ("mp2", 44_100), "nut": ("aac", 44_100), "latm": ("aac", 44_100)},
+    **{"ac3": ("ac3", 48_000), "eac3": ("eac3", 48_000), "spdif": ("ac3", 48_000), "rm": ("ac3", 44_100)},
+    **{"wv": ("wavpack", 16_000), "tta": ("tta", 16_000), "amr": ("libopencore_amrnb", 8_000), "3gp": ("aac", 16_000)},
+    **{name: ("pcm_s16le", 16_000) for name in ("voc", "ircam")},
+    **{name: ("pcm_s16le", 48_000) for name in ("gxf", "mxf_opatom")},
 }
+BOXES = rb"elst|mvhd|mdhd|tkhd|trak|edts|mvex|data|fmt |ds64|LIST|OggS|ID3"
 TEXTS = [
     "#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n",
     "ffconcat version 1.0\nfile /etc/hostname\n",
@@ -39,7 +49,7 @@ TEXTS = [
 
 def files_of(speech: torch.Tensor) -> dict[str, bytes]:
     """The same speech, (samples,) at 16 kHz, in every format."""
-    return {
+    files = {
         container: encode(
             torchaudio.functional.resample(speech, 16_000, rate)[None].numpy(),
             rate,
@@ -48,6 +58,21 @@ def files_of(speech: torch.Tensor) -> dict[str, bytes]:
             "s16" if codec == "flac" else None,
         )
         for container, (codec, rate) in FORMATS.items()
+    }
+    tracks = [speech, torch.zeros_like(speech), speech]
+    edited = with_edits(film("mp4", "mpeg4", "aac", tracks[:1]), (0.5, 1.0), (None, 0.2), (0.0, 9.0), (1.0, 0.5))
+    fragmented = encode(speech[None].numpy(), 16_000, "mp4", "aac", movflags="frag_keyframe+empty_moov+delay_moov")
+    odd = b"LIST" + struct.pack("<I", 5) + b"abcde"
+    samples = (speech * 32_767).to(torch.int16).numpy()
+    return files | {
+        "tracks in mp4": film("mp4", "mpeg4", "aac", tracks, 1),
+        "tracks in ts": film("mpegts", None, "ac3", tracks),
+        "tracks in mkv": film("matroska", None, "aac", tracks, None),
+        **{"edited": edited, "pieces": fragmented, "tag": id3(3000) + files["flac"]},
+        **{"rifx": riff(samples, b"RIFX"), "odd": riff(samples, before=odd, between=odd), "nist": nist(samples)},
+        "rf64": riff(samples, b"RF64", before=struct.pack("<4sIQQQI", b"ds64", 28, 0, 0, 0, 0), sizes=(2**32 - 1, 0)),
+        "phases": encode(torch.stack([speech, -speech]).numpy(), 16_000, "wav", "pcm_s16le"),
+        "chained": files["ogg"] + encode(speech[None].repeat(2, 1).numpy(), 48_000, "ogg", "libopus"),
     }
 
 
@@ -60,7 +85,7 @@ def mutated(files: dict[str, bytes], rng: random.Random) -> bytes:
     names = sorted(files)
     file = bytearray(files[rng.choice(names)])
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        kind, place = rng.randrange(8), rng.randrange(len(file) + 1)
+        kind, place = rng.randrange(11), rng.randrange(len(file) + 1)
         if kind == 0:  # flipped bits anywhere
             for _ in range(rng.choice([1, 5, 50, 500])):
                 file[rng.randrange(len(file))] ^= 1 << rng.randrange(8)
@@ -81,6 +106,18 @@ def mutated(files: dict[str, bytes], rng: random.Random) -> bytes:
             file[:size] = other[:size]
         elif kind == 6:
             file[place:place] = rng.randbytes(rng.choice([1, 100, 4000]))
+        elif kind == 7:  # another file behind it, whole or cut, once or often
+            other = files[rng.choice(names)]
+            times = rng.choice([1, 1, 3, 1000 if len(other) < 9000 else 9])
+            file += other[: rng.choice([20, 2000, len(other)])] * times
+        elif kind == 8 and (boxes := list(re.finditer(BOXES, file))):  # a box's or chunk's numbers
+            begin = max(rng.choice(boxes).start() + rng.choice([-4, 4, 8, 12, 16, 20]), 0)
+            size = rng.choice([1, 4, 12, 24])
+            file[begin : begin + size] = rng.choice([b"\xff", b"\x00", b"\x7f", rng.randbytes(1)]) * size
+        elif kind == 9 and b"elst" in file:  # an edit list of thousands
+            begin = file.index(b"elst") + 12
+            file[begin - 4 : begin] = struct.pack(">I", rng.choice([2, 1000, 2**32 - 1]))
+            file[begin:begin] = rng.randbytes(12) * rng.choice([1, 100, 20_000])
         else:
             file[place : place + rng.choice([10, 1000])] = bytes(rng.choice([10, 1000]))
         if not file:
@@ -88,10 +125,14 @@ def mutated(files: dict[str, bytes], rng: random.Random) -> bytes:
     return bytes(file)
 
 
+NAMES = ["data", "instances", "body", "inputs", "b64", "audio", "sound"]
+
+
 def deep(rng: random.Random) -> object:
     value: object = rng.choice([1, None, "x", [], {}, True, 1e308])
     for _ in range(rng.choice([1, 10, 200])):
-        value = [value] if rng.random() < 0.5 else {rng.choice(["data", "instances", "body"]): value}
+        value = [value] * rng.choice([1, 1, 1, 2]) if rng.random() < 0.5 else {rng.choice(NAMES): value}
+        value = value if len(str(value)) < 100_000 else 1
     return value
 
 
@@ -114,13 +155,20 @@ def request(files: dict[str, bytes], bomb: bytes, rng: random.Random) -> dict:
         if rng.random() < 0.3:
             content = content[: rng.randrange(len(content) + 1)] + rng.choice(["", "=", "===", "\u00e9", "\x00", "@"])
         if rng.random() < 0.6:
-            content = {"data": content}
-            content = rng.choice([content, {"instances": [content] * rng.randint(0, 3)}])
+            inside = {rng.choice(NAMES): content}
+            inside = rng.choice(
+                [inside, {"inputs": [{"name": "x", "data": [content]}]}, "data:a/b;c=d;base64," + content]
+            )
+            content = rng.choice([inside, {"instances": [inside] * rng.randint(0, 3)}])
     else:
         content = deep(rng)
     fields = {rng.choice(["body", "data", "file", "audio", "x", "response_format", "\n[METRICS]x"]): content}
     if rng.random() < 0.2:
         fields["response_format"] = rng.choice(["json", "verbose_json", "srt", "vtt", "", "pdf", b"\xff\n", None, 7])
+    if rng.random() < 0.1:
+        fields["audio_track"] = rng.choice(["1", "2", b"3", 2, "0", "x", b"\xff", None, [1], "9" * 5000])
+    if rng.random() < 0.05:
+        fields["y"] = mutated(files, rng)
     return fields
 
 
@@ -133,7 +181,9 @@ def headers(rng: random.Random) -> dict:
             *(";;;,,,", "q=1;q=2", "text/plain;q=1e999", "text/plain;q=-1", "text/plain;q=\u0661", "a/b," * 500),
         ]
     )
-    return {rng.choice(["Accept", "accept", "X-Other"]): value}
+    length = rng.choice(["0", "100000000", "-1", "x", "9" * 5000])
+    more = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": length} if rng.random() < 0.1 else {}
+    return {rng.choice(["Accept", "accept", "X-Audio-Track", "X-Other"]): rng.choice([value, "1", "2"])} | more
 
 
 def requests_of(speech: torch.Tensor, count: int, seed: int) -> Iterator[tuple[dict, dict]]:

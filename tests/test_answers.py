@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 import textwrap
+import zlib
 
 import jsonschema
 import numpy as np
@@ -24,8 +25,9 @@ SECONDS = {"type": "number", "minimum": 0}
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["text", "duration", "language", "model", "segments", "words"],
+    "required": ["task", "text", "duration", "language", "model", "segments", "words"],
     "properties": {
+        "task": {"const": "transcribe"},
         "text": {"type": "string"},
         "duration": SECONDS,
         "language": {"const": "english"},
@@ -35,8 +37,23 @@ SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["id", "start", "end", "text", "avg_logprob"],
-                "properties": {"id": {"type": "integer"}, "start": SECONDS, "end": SECONDS, "text": {"type": "string"}},
+                "additionalProperties": False,
+                "required": [
+                    *("id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob"),
+                    *("compression_ratio", "no_speech_prob"),
+                ],
+                "properties": {
+                    "id": {"type": "integer"},
+                    "seek": {"const": 0},
+                    "start": SECONDS,
+                    "end": SECONDS,
+                    "text": {"type": "string"},
+                    "tokens": {"type": "array", "items": {"type": "integer"}},
+                    "temperature": {"const": 0.0},
+                    "avg_logprob": {"type": "number", "maximum": 0},
+                    "compression_ratio": {"type": "number", "exclusiveMinimum": 0},
+                    "no_speech_prob": {"const": 0.0},
+                },
             },
         },
         "words": {
@@ -164,11 +181,19 @@ def test_subtitles_are_read_by_others_and_break_at_pauses(worker, speech):
 def test_a_subtitle_holds_at_most_seven_seconds_and_two_lines(worker, seconds):
     names, rng = ["oh", "one", "four", "three", "seven", "extraordinary", "a" * 50], random.Random(0)
     words = [
-        {"word": rng.choice(names), "start": seconds * i, "end": seconds * (i + 0.7), "log_probs": [-0.1]}
+        {
+            "word": rng.choice(names),
+            "start": seconds * i,
+            "end": seconds * (i + 0.7),
+            "log_probs": [-0.1],
+            "tokens": [i],
+        }
         for i in range(1000)
     ]
     segments = segments_of(words)
     assert " ".join(segment["text"] for segment in segments) == " ".join(word["word"] for word in words)
+    assert [token for segment in segments for token in segment["tokens"]] == list(range(1000))
+    assert [segment["id"] for segment in segments] == list(range(len(segments)))
     for segment in segments:
         assert segment["end"] - segment["start"] <= 7.0
         lines = textwrap.wrap(segment["text"], 42, break_long_words=False)
@@ -193,10 +218,34 @@ def test_probabilities_are_those_of_the_tokens(worker, speech):
 def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speech):
     [[(tokens, score, frames, _), *_]] = worker.handler._search([worker.handler._features(speech)])
     tokens, frames = tokens[:1] + tokens[2::2], frames[1::2]
-    words = words_of(tokens, score, frames, [-1.0] * len(frames), 3.0, *naming(worker))
+    words = words_of((tokens, score, frames, [-1.0] * len(frames)), 3.0, *naming(worker))
     assert [word["word"] for word in words] == TEXT.split()
     assert [word["probability"] for word in words] == [round(math.exp(-1), 4)] * 3
     assert segments_of(words)[0]["avg_logprob"] == -1.0
+
+
+def test_verbose_json_has_the_types_of_openais_client(worker, speech):
+    types = pytest.importorskip("openai.types.audio", reason="needs the package openai, see requirements-dev.txt")
+    long = torch.cat([pad(speech, 1.5) for _ in range(4)])
+    body = verbose(worker, encode(long[None].numpy(), 16_000, "wav", "pcm_s16le"))
+    read = types.TranscriptionVerbose.model_validate(body, strict=True)  # a client only constructs, whatever is missing
+    assert (read.text, read.duration, read.language) == (body["text"], body["duration"], "english")
+    assert [segment.text for segment in read.segments] == [TEXT] * 4
+    assert [word.word for word in read.words] == f"{TEXT} {TEXT} {TEXT} {TEXT}".split()
+    for model, part in ((types.TranscriptionSegment, body["segments"]), (types.TranscriptionWord, body["words"])):
+        assert all(field in part[0] for field in model.model_fields)
+    unread = set(types.TranscriptionVerbose.model_fields) - body.keys()
+    assert unread <= {"usage"}
+    assert types.Transcription.model_validate(worker.answer({"file": THREE_DIGITS, "response_format": "json"})[0][1])
+
+
+def test_what_a_segment_says_of_itself_is_true(worker, speech):
+    [segment] = verbose(worker, THREE_DIGITS)["segments"]
+    assert worker.handler.tokens_to_text(segment["tokens"]) == TEXT
+    [[(tokens, *_), *_]] = worker.handler._search([worker.handler._features(speech)])
+    assert segment["tokens"] == tokens[1:]
+    text = TEXT.encode()
+    assert segment["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=1e-4)
 
 
 def test_silence_has_no_words_in_any_format(worker):

@@ -8,7 +8,6 @@ import random
 import re
 import socket
 import struct
-import time
 import urllib.parse
 
 import av
@@ -21,7 +20,8 @@ import srt
 import torch
 import torchaudio
 import webvtt
-from conftest import ROOT, SAMPLES, Server, encode, post, silent_film, transcripts
+from conftest import ROOT, SAMPLES, Server, encode, post, silent_film, transcripts, wait_until
+from formats import FILES
 from fuzzing import requests_of
 from google.protobuf import descriptor_pb2, message_factory
 from test_answers import SCHEMA
@@ -55,21 +55,7 @@ WAYS = {
     "base64 text": {"data": BASE64, "headers": {"Content-Type": "text/plain"}},
     "base64 in JSON": {"json": {"data": BASE64}},
     "several files at once": {"json": {"instances": [{"data": BASE64}, {"data": BASE64}]}},
-}
-FILES = {  # container, codec and sample rate of each sound in a row
-    "WAV, W64": [
-        *(("wav", codec, 16_000) for codec in ("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le")),
-        *(("wav", codec, 8_000) for codec in ("pcm_alaw", "pcm_mulaw")),
-        ("w64", "pcm_s16le", 16_000),
-    ],
-    "FLAC": [("flac", "flac", 44_100)],
-    "MP3": [("mp3", "mp3", 44_100)],
-    "AAC": [("adts", "aac", 44_100)],
-    "MP4, M4A, MOV": [("mp4", "aac", 44_100), ("ipod", "alac", 44_100), ("mov", "aac", 48_000)],
-    "Ogg": [("ogg", "libopus", 48_000), ("ogg", "vorbis", 44_100)],
-    "WebM, Matroska": [("webm", "libopus", 48_000), ("webm", "vorbis", 44_100), ("matroska", "aac", 16_000)],
-    "AIFF, AU, CAF": [("aiff", "pcm_s16be", 16_000), ("au", "pcm_s16be", 16_000), ("caf", "pcm_s16le", 16_000)],
-    "AMR": [("amr", "libopencore_amrnb", 8_000)],
+    "several files in one form": {"files": {"a": AUDIO, "b": AUDIO}},
 }
 
 
@@ -133,6 +119,8 @@ def tiny_packets() -> bytes:
 REFUSED = {
     "EmptyBody": {"data": b""},
     "NotAudio": {"data": b"RIFF" + bytes(1000)},
+    "NoSuchTrack": {"data": AUDIO, "headers": {"x-audio-track": "2"}},
+    "LostFile": {"files": [("file", AUDIO), ("file", AUDIO)]},
     "NoSamples": {"data": AUDIO[: AUDIO.index(b"data")] + b"data" + bytes(4)},
     "UnknownFormat": {"data": AUDIO, "headers": {"Accept": "application/pdf"}},
     "AudioTooLong": {"data": encode(np.zeros((1, 200_000), np.float32), 8_000, "flac", "flac", "s16")},
@@ -150,7 +138,7 @@ REFUSALS = [row[:2] for row in table("status", "`type`", "when") if row[1] not i
 def strict(digits_pt):
     """A server whose model takes 20 seconds of audio at most, with a wide beam."""
     server = Server(digits_pt, beam_width=4, max_audio_seconds=20)
-    assert server.serve("start").returncode == 0
+    server.start()
     yield server
     server.remove()
 
@@ -159,7 +147,7 @@ def strict(digits_pt):
 def test_what_cannot_be_answered_gets_its_status_and_a_sentence(strict, status, kind):
     kind = kind.strip("`")
     request = REFUSED[kind]
-    if "json" in request:
+    if "json" in request or "files" in request:
         answer = requests.post(strict.url, **request, timeout=60)
     else:
         answer = requests.post(strict.url, request["data"], headers=RAW | request.get("headers", {}), timeout=60)
@@ -190,21 +178,19 @@ def test_what_was_mended_is_told(server, speech):
 
 def metrics(server: Server) -> dict[str, float]:
     """What the server says of our model: metric and outcome to value."""
-    url = serve.read_config(server.config)["metrics_address"] + "/metrics"
-    lines = requests.get(url, timeout=60).text.splitlines()
+    lines = requests.get(server.metrics_url, timeout=60).text.splitlines()
     found = [re.match(r'(asr_\w+)\{(?:.*Outcome="(\w+)")?.*\} (\S+)$', line) for line in lines if "le=" not in line]
     return {f"{match[1]} {match[2] or ''}".strip(): float(match[3]) for match in found if match}
 
 
 def test_metrics_count_what_was_asked(new_server, digits_pt):
     server = new_server(digits_pt)
-    assert server.serve("start").returncode == 0
+    server.start()
     for _ in range(3):
         assert post(server, THREE_DIGITS).status_code == 200
     assert post(server, ROOT / "README.md").status_code == 400
-    deadline = time.monotonic() + 30  # TorchServe reads them from the worker's log, a little later
-    while metrics(server).get("asr_requests NotAudio") is None and time.monotonic() < deadline:
-        time.sleep(0.5)
+    # TorchServe reads them from the worker's log, a little later.
+    wait_until(lambda: metrics(server).get("asr_requests NotAudio"), "the last request's metrics")
     found = metrics(server)
     assert found["asr_requests ok"] == 3
     assert found["asr_requests NotAudio"] == 1
@@ -220,7 +206,7 @@ def test_metrics_count_what_was_asked(new_server, digits_pt):
 
 def test_torchserves_own_metrics_are_still_there(server):
     assert post(server, THREE_DIGITS).status_code == 200
-    text = requests.get(serve.read_config(server.config)["metrics_address"] + "/metrics", timeout=60).text
+    text = requests.get(server.metrics_url, timeout=60).text
     assert re.search(r'^ts_inference_requests_total\{model_name="emformer_asr"', text, flags=re.M)
     assert "\nRequests2XX" in text and "# TYPE QueueTime gauge" in text
 
@@ -234,7 +220,7 @@ def test_strange_requests_are_answered_and_the_next_one_is_right(server, speech)
     types = ["application/octet-stream", "audio/wav", "text/plain", "application/json", "multipart/form-data", "x", ""]
     with requests.Session() as session:
         for number, (fields, _) in enumerate(requests_of(speech, 300, seed=3)):
-            [content] = [value for name, value in fields.items() if name != "response_format"] or [b""]
+            content, *_ = [value for name, value in fields.items() if name != "response_format"] or [b""]
             if isinstance(content, str):
                 content = content.encode()
             elif not isinstance(content, bytes | bytearray):
@@ -284,10 +270,7 @@ def test_no_client_can_forge_a_metric_or_a_log_line(server):
     # Metrics and log lines arrive a little later, in order: when the last request's are there, all are.
     refused = metrics(server).get("asr_requests NoAudioStream", 0)
     assert requests.post(server.url, silent_film(), headers=RAW, timeout=60).status_code == 415
-    deadline = time.monotonic() + 30
-    while metrics(server).get("asr_requests NoAudioStream", 0) == refused:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_until(lambda: metrics(server).get("asr_requests NoAudioStream", 0) > refused, "the last request's metrics")
     assert metrics(server).get("asr_requests ok", 0) < 1_000_000
     for log in (server.folder / "logs").iterdir():
         for line in log.read_text(errors="replace").splitlines():

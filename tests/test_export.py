@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torchaudio
 from conftest import SAMPLES, Worker, run, transcripts
 
 import export_model
@@ -68,11 +70,28 @@ def wrong_checkpoints(folder) -> dict[str, str]:
     torch.save({"state_dict": weights}, folder / "nested.pt")
     torch.save(weights | {"joiner.linear.bias": torch.zeros(4097)}, folder / "shape.pt")
     torch.save({name: value for name, value in weights.items() if name != "joiner.linear.bias"}, folder / "lacks.pt")
+    for name, value in (("nan", float("nan")), ("infinite", -float("inf"))):
+        changed = weights["joiner.linear.weight"].clone()
+        changed[3, 5] = value
+        torch.save(weights | {"joiner.linear.weight": changed}, folder / f"{name}.pt")
+    torch.save({"encoder.layers.0.weight": torch.zeros(3, 4)}, folder / "other.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(folder / "script.pt"))
+    torch.save(weights, folder / "old.pt", _use_new_zipfile_serialization=False)
+    for name, whole in (("cut", "shape"), ("cut-old", "old")):
+        content = (folder / f"{whole}.pt").read_bytes()
+        (folder / f"{name}.pt").write_bytes(content[: len(content) // 2])
+    (folder / "cut-early.pt").write_bytes((folder / "shape.pt").read_bytes()[:300])
+    (folder / "empty.pt").touch()
     return {
         "absent.pt": "No such file",
         "text.pt": "not a PyTorch state dict",
         "list.pt": "not a state dict",
         "nested.pt": "not a state dict",
+        "script.pt": "not a PyTorch state dict but a TorchScript model",
+        "nan.pt": "values in joiner.linear.weight that are not finite",
+        "infinite.pt": "values in joiner.linear.weight that are not finite",
+        "other.pt": "another architecture",
+        **dict.fromkeys(["cut.pt", "cut-old.pt", "cut-early.pt", "empty.pt"], "is cut off: download or copy it again."),
         "shape.pt": "joiner.linear.bias the model expects [15], the file has [4097]",
         "lacks.pt": "joiner.linear.bias the model expects [15], the file lacks it",
     }
@@ -104,6 +123,31 @@ def test_an_unreachable_download_ends_in_one_line_that_says_what_to_do(tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "cannot be downloaded" in done.stderr and f"put it at {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("cut", ["emformer_rnnt_base_librispeech.pt", "global_stats_rnnt", "spm_bpe"])
+def test_a_download_that_was_cut_off_does_not_stay_in_the_cache(tmp_path, monkeypatch, capsys, cut):
+    """The bundle's three files as a connection that breaks leaves them: torch.hub keeps what came."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    files = {
+        "global_stats_rnnt_librispeech.json": (export_model.DIGITS / "global_stats.json").read_bytes(),
+        "spm_bpe_4096_librispeech.model": (export_model.DIGITS / "tokenizer.model").read_bytes(),
+        "emformer_rnnt_base_librispeech.pt": (export_model.DIGITS / "weights.pt").read_bytes(),
+    }
+
+    def download(key: str, path: Path, progress: bool) -> None:
+        content = files[path.name]
+        path.write_bytes(content[: len(content) // 2] if path.name.startswith(cut) else content)
+
+    monkeypatch.setattr(torchaudio.utils.download, "_download", download)
+    monkeypatch.setattr("sys.argv", ["export_model.py", "--model", "librispeech", "--output", str(tmp_path / "out.pt")])
+    assert export_model.main() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and cut in error and "has been removed: run this again" in error
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(cut)]
+    cut = "nothing"
+    assert export_model.main() == 1  # whole, though not of the bundle's architecture
+    assert "another architecture" in capsys.readouterr().err
 
 
 def test_the_embedded_weights_are_small_and_safe_to_load():

@@ -1,5 +1,6 @@
 """What is promised of live speech: the whole's text from any pieces, and a clear answer to every piece."""
 
+import functools
 import io
 import json
 import random
@@ -7,6 +8,7 @@ import re
 import statistics
 import time
 import wave
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def live(digits_pt) -> LiveWorker:
 
 
 @pytest.fixture(scope="module")
+def at_width(digits_pt, live, worker) -> Callable[[int], tuple[LiveWorker, Worker]]:
+    """From a beam width to a worker for live speech and one for whole files."""
+
+    @functools.cache
+    def workers(beam_width: int) -> tuple[LiveWorker, Worker]:
+        if beam_width == 1:
+            return live, worker
+        return LiveWorker(digits_pt, beam_width=beam_width), Worker(digits_pt, {"beam_width": beam_width})
+
+    return workers
+
+
+@pytest.fixture(scope="module")
 def strings(worker) -> list[bytes]:
     """PCM of fifty strings of one to six samples, quiet and loud, that end anywhere."""
     rng = random.Random(8)
@@ -108,7 +123,7 @@ def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     """The final answer has the tokens, times and probabilities of the whole sound in one request."""
     [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
     naming = (worker.handler.tokens_to_text, worker.handler.word_delays)
-    words = words_of(tokens, score, frames, log_probs, len(pcm) / 32_000, *naming)
+    words = words_of((tokens, score, frames, log_probs), len(pcm) / 32_000, *naming)
     assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
     assert [[word["word"], word["start"], word["end"]] for word in sequence_answer["words"]] == [
         [word["word"], word["start"], word["end"]] for word in words
@@ -133,8 +148,8 @@ def test_every_sample_in_pieces_gives_the_text_and_the_words_of_the_whole(live, 
 
 
 @pytest.mark.parametrize("beam_width", [1, 4])
-def test_fifty_strings_in_random_pieces_give_what_the_whole_gives(digits_pt, strings, beam_width):
-    live, offline = LiveWorker(digits_pt, beam_width=beam_width), Worker(digits_pt, {"beam_width": beam_width})
+def test_fifty_strings_in_random_pieces_give_what_the_whole_gives(at_width, strings, beam_width):
+    live, offline = at_width(beam_width)
     sizes, words = random.Random(beam_width), 0
     for number, pcm in enumerate(strings):
         answer = say(live, f"string-{number}", cut(pcm, sizes))
@@ -383,9 +398,9 @@ def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, 
 
 
 @pytest.mark.parametrize("beam_width", [1, 4])
-def test_what_has_settled_is_not_carried_along(digits_pt, worker, strings, beam_width):
+def test_what_has_settled_is_not_carried_along(at_width, strings, beam_width):
     """Each hypothesis holds the last few words only, however long the sound; the answer has all."""
-    live, offline = LiveWorker(digits_pt, beam_width=beam_width), Worker(digits_pt, {"beam_width": beam_width})
+    live, offline = at_width(beam_width)
     pcm, carried = b"".join(strings[:12]), []
     pieces = [pcm[i : i + 20_000] for i in range(0, len(pcm), 20_000)]
     for number, piece in enumerate(pieces):

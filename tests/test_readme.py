@@ -204,10 +204,10 @@ def test_the_dockerfiles_steps_make_a_server_that_is_healthy_and_answers(copy, t
         )
     try:
         server.worker()
-        subprocess.run(health, executable=sys.executable, check=True, timeout=30)
+        subprocess.run(health, executable=sys.executable, check=True, timeout=300)
         assert post(server, SAMPLES / "three-digits.wav").text == "four seven two"
     finally:
         running.send_signal(signal.SIGINT)
-        running.wait(timeout=30)
+        running.wait(timeout=300)
     log = (tmp_path / "container").read_text()
     assert "WORKER_MODEL_LOADED" in log and "/predictions/emformer_asr HTTP/1.1" in log

@@ -6,11 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
 import requests
-from conftest import ROOT, SAMPLES, post, transcripts
+from conftest import ROOT, SAMPLES, post, run, transcripts
 
 import export_model
 import serve
@@ -128,6 +129,29 @@ def test_stop_leaves_no_process_behind(new_server, digits_pt):
     assert len(family) >= 2  # the server and a worker
     assert "has stopped" in server.serve("stop").stdout
     assert not [process for process in family if process.is_running()]
+
+
+def test_stop_leaves_the_tokens_of_another_server_in_the_same_folder(tmp_path):
+    """Two processes that only look like TorchServe, with pid files of their own, as the temporary folder says."""
+    home, keys = tmp_path / "home", tmp_path / "home" / "key_file.json"
+    home.mkdir()
+    shutil.copy(ROOT / "serve.py", home)
+    keys.write_text("{}")
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)", serve.MODEL_SERVER]
+    servers = [subprocess.Popen(sleep, cwd=home) for _ in range(2)]
+    for server in servers:  # or they would be there, as zombies, after they have ended
+        threading.Thread(target=server.wait, daemon=True).start()
+    try:
+        for number, (server, kept) in enumerate(zip(servers, (True, False), strict=True)):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / ".model_server.pid").write_text(str(server.pid))
+            assert "has stopped" in run(home / "serve.py", "stop", TMPDIR=str(folder)).stdout
+            assert server.wait() and keys.exists() is kept
+            assert "not running" in run(home / "serve.py", "stop", TMPDIR=str(folder)).stdout
+    finally:
+        for server in servers:
+            server.kill()
 
 
 def test_a_port_in_use_is_named_in_one_sentence(new_server, digits_pt):
