@@ -509,13 +509,32 @@ def transducer_loss(
     penalty = torch.zeros(log_probs.shape[:3], device=targets.device)
     penalty.masked_fill_(torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN)
     log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
-    # On a GPU the gradient is not set where an utterance has ended.
-    times, places = (torch.arange(size, device=targets.device) for size in log_probs.shape[1:3])
-    behind = (times >= frames[:, None])[:, :, None] | (places > written_lengths[:, None])[:, None]
-    log_probs = log_probs.masked_fill(behind.unsqueeze(3), 0.0)
+    if targets.is_cuda:
+        return rnnt_loss(log_probs, written, frames, written_lengths)
     return torchaudio.functional.rnnt_loss(
         *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
     )
+
+
+def rnnt_loss(
+    log_probs: torch.Tensor, written: torch.Tensor, frames: torch.Tensor, written_lengths: torch.Tensor
+) -> torch.Tensor:
+    """The transducer's loss (Graves, 2012) of every utterance, for GPUs; arguments as of torchaudio's.
+
+    torchaudio 2.11's own kernels gave other losses at every call on an H100, some of them NaN.
+    """
+    emitted = log_probs[:, :, :-1].gather(3, written[:, None, :, None].long().expand(-1, log_probs.shape[1], -1, 1))
+    # What was written so far in frame t: from place u to place v of the text costs sums[v] - sums[u].
+    sums = torch.nn.functional.pad(emitted[..., 0].cumsum(2), (1, 0))
+    blanks = log_probs[..., BLANK]
+    forward, forwards = sums[:, 0], []
+    for frame in range(log_probs.shape[1]):
+        if frame:
+            forward = sums[:, frame] + (forward + blanks[:, frame - 1] - sums[:, frame]).logcumsumexp(1)
+        forwards.append(forward)
+    rows = torch.arange(len(frames), device=frames.device)
+    last, end = frames.long() - 1, written_lengths.long()
+    return -(torch.stack(forwards, 1)[rows, last, end] + blanks[rows, last, end])
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
