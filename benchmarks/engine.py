@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
 from engine.decoder import Decoder  # noqa: E402
-from engine.precision import PRECISIONS, with_precision  # noqa: E402
+from engine.precision import PRECISIONS, with_linears, with_precision  # noqa: E402
 from handler import ModelHandler, decode_audio  # noqa: E402
 
 RUNS = 5
@@ -123,12 +123,12 @@ def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float
     From the highest down, and no further than where they do: far below, every frame emits as much as it may.
     """
     decoder = with_precision(Decoder(stand_in(0.0), VOCABULARY - 1), precision)
-    joiner = stand_in(0.0).joiner.linear.requires_grad_(False)
+    joiner = stand_in(0.0).joiner
 
     def rate(bias: float) -> float:
-        raised = copy.deepcopy(joiner)
+        raised = copy.deepcopy(joiner.linear)
         raised.bias[-1] += bias
-        decoder.search.joiner = with_precision(torch.nn.Sequential(raised), precision)[0]
+        decoder.search.joiner = with_linears(torch.nn.Sequential(joiner.activation, raised), precision)
         tokens = decoder.search(encodings, decoder.search.first_beam(), beam_width).hypotheses[0][0]
         return (len(tokens) - 1) * 100 / len(features)
 
@@ -194,7 +194,7 @@ def parts(features: torch.Tensor) -> None:
             lambda e=engine, x=encodings, f=first: e.search(x, f, 1),
         )
         encoder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(*layer_linears())})
-        layer = with_precision(encoder, precision)["encoder"]
+        layer = with_linears(encoder, precision)["encoder"]
         print(f"{precision:10} {times[0]:7.0f} ms {times[1]:7.0f} ms {floor(layer)}", flush=True)
     print(f"torch.nn.Linear, as in torchaudio {floor(torch.nn.Sequential(*layer_linears()))}", flush=True)
 
