@@ -7,7 +7,7 @@ Whatever the precision, a row's result does not depend on what other rows share 
 first call and not before, because weights are loaded onto any device, and give the memory of the weights as they were
 loaded back: a module that has computed on a CPU cannot be saved or moved any more.
 
-Source: XNNPACK and oneDNN, through PyTorch's operators.
+Source: XNNPACK, oneDNN and FBGEMM, through PyTorch's operators.
 """
 
 import itertools
@@ -90,106 +90,67 @@ class BFloat16Linear(torch.nn.Module):
 class Int8Linear(torch.nn.Module):
     """A linear layer that multiplies in int8: weights with one scale an output, inputs with one scale a row.
 
-    A row x becomes bytes q, x = scale * (q - zero) + lowest, with the scale that its largest element asks for. With
-    w the int8 weights, what the layer gives is scale * (sum of (q - zero) * w) + (lowest * sum of w + bias), the sums
-    in integers and so exact, in whatever order and company. Where inputs can be of any sign, lowest is 0 and zero is
-    128; behind an activation function with a least value, lowest is that and zero 0, and no bit is spent on the sign.
+    A row x becomes bytes q, x = scale * (q - zero), with the finest scale that has room for all of x. The products of
+    bytes are added up in integers, and so exactly, in whatever order and company. Where inputs can be of any sign
+    zero is in the middle of the bytes; behind an activation function with a least value it is at their lower end.
 
     Args:
         linear (torch.nn.Linear): the layer.
         lowest (float or None): what its inputs are never below, if there is such a number.
     """
 
-    packed: list[torch.Tensor]
+    packed: list[torch.classes.quantized.LinearPackedParamsBase]
 
     def __init__(self, linear: torch.nn.Linear, lowest: float | None) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
         self.signed: bool = lowest is None
-        self.lowest: float = lowest or 0.0
-        self.levels: float = 0.0  # these two depend on the processor
-        self.shift: int = -128
+        self.zero: int = 128 if lowest is None else 32 if lowest < 0 else 0
+        self.top: float = 255.0 - self.zero  # what the largest element becomes, above zero; the same for a processor
+        # No row is taken for smaller than this, or its lowest element would not have room below zero.
+        self.least: float = -lowest * self.top / self.zero if lowest else 1e-30
         self.register_buffer("weight", (weight / scale.unsqueeze(1)).round().to(torch.int8))  # (outputs, inputs)
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_points", torch.zeros(len(scale), dtype=torch.int64))
-        sums = (self.weight.double().sum(1) * scale).float()  # of each output's weights
-        self.register_buffer("sums", sums)
-        self.register_buffer("bias", self.lowest * sums + (0 if linear.bias is None else linear.bias.detach()))
+        self.register_buffer("bias", torch.zeros(len(scale)) if linear.bias is None else linear.bias.detach())
         self.packed = []
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.device.type != "cpu":  # where there is no such product
-            weight = self.weight.to(input.dtype) * self.scale.unsqueeze(1)
-            return torch.nn.functional.linear(input, weight, self.bias - self.lowest * self.sums)
+            return torch.nn.functional.linear(input, self.weight * self.scale.unsqueeze(1), self.bias)
         if len(self.packed) == 0:
             self._pack()
         rows = input.flatten(0, -2)
         largest = rows.amax(1, keepdim=True)
-        # From the lowest; where there is none, of either sign.
-        largest = torch.maximum(largest, -rows.amin(1, keepdim=True)) if self.signed else largest - self.lowest
-        largest = largest.clamp(min=1e-30)
-        steps = self.levels / largest
-        numbers = rows * steps
-        if not self.signed:
-            numbers.add_(-self.lowest * steps - 128)
-        # By way of int8, because PyTorch has no fast conversion from float32 to uint8.
-        bytes = numbers.round_().to(torch.int8).add_(self.shift).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
-            bytes,
-            1.0,  # scale and
-            0,  # zero of all the input
-            self.packed[0],
-            self.scale,
-            self.zero_points,
-            self.packed[1],
-            1.0,  # scale and
-            0,  # zero of an output that is no float32
-            torch.float32,
-            "none",
-            [],
-            "",
+        if self.signed:
+            largest = torch.maximum(largest, -rows.amin(1, keepdim=True))
+        largest = largest.clamp(min=self.least)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows * (self.top / largest), 1.0, self.zero, self.packed[0]
         )
-        product = product.mul_(largest / self.levels).add_(self.bias)
+        product = product.mul_(largest / self.top).add_(self.bias)
         return product.reshape(input.shape[:-1] + product.shape[1:])
 
     def _pack(self) -> None:
-        """Pack for this processor, and use as many of the inputs' bits as its products take."""
-        few_bits = saturates()
-        zero = 0.0
-        if self.signed:
-            # What is added to an int8 to make a byte of it: 128 is -128 there.
-            self.levels, self.shift, zero = (63.0, 64, 64.0) if few_bits else (127.0, -128, 128.0)
-        else:
-            self.levels = 127.0 if few_bits else 255.0
-        # Packed for a number of rows it serves all others.
-        self.packed.append(torch.ops.onednn.qlinear_prepack(self.weight, [256, self.weight.size(1)]))
-        self.packed.append(-zero * self.sums)
-        self.weight = torch.empty(0)
+        zeros = torch.zeros(self.scale.size(0), dtype=torch.int64)
+        weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
+        self.packed.append(torch.ops.quantized.linear_prepack(weight, None))
+        self.weight = torch.empty(0, dtype=torch.int8)
+        if saturates():
+            self.top, self.zero = (self.top - 1) // 2, self.zero // 2
 
 
 def saturates() -> bool:
-    """Whether this processor adds up products of bytes by pairs in 16 bits, in which 2 * 255 * 127 has no place.
+    """Whether this processor adds up products of bytes in pairs of 16 bits, in which 2 * 255 * 127 has no place.
 
-    That is so without VNNI. The product itself is asked, because oneDNN may have been told not to use what is there.
+    That is so without VNNI; there, inputs have to do with bytes up to 127. The product itself is asked, because FBGEMM
+    may have been told not to use what the processor has.
     """
-    ones = torch.ones(64)
-    packed = torch.ops.onednn.qlinear_prepack(torch.full([64, 64], 127, dtype=torch.int8), [16, 64])
-    product = torch.ops.onednn.qlinear_pointwise(
-        torch.full([16, 64], 255, dtype=torch.uint8),
-        1.0,
-        0,
-        packed,
-        ones,
-        torch.zeros(64, dtype=torch.int64),
-        None,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+    ones, zeros = torch.ones(64, dtype=torch.float64), torch.zeros(64, dtype=torch.int64)
+    weight = torch._make_per_channel_quantized_tensor(torch.full([64, 64], 127, dtype=torch.int8), ones, zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    rows = torch.full([2, 64], 255.0)
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 0, packed)
     return bool((product != 64.0 * 255 * 127).any())
 
 
