@@ -128,7 +128,7 @@ class Int8Linear(torch.nn.Module):
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows * (self.top / largest), 1.0, self.zero, self.packed[0]
         )
-        product = product.mul_(largest / self.top).add_(self.bias)
+        torch.addcmul(self.bias, product, largest / self.top, out=product)  # in one pass
         return product.reshape(input.shape[:-1] + product.shape[1:])
 
     def _pack(self) -> None:
