@@ -29,6 +29,8 @@ import serve
 from handler import ModelHandler, decode_audio
 
 ROOT = Path(__file__).parents[1]
+# Nothing that a test sends to this machine goes through a proxy.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
 SAMPLES = ROOT / "sample_audio"
 BIN = Path(sys.executable).parent
 
@@ -161,13 +163,13 @@ class Server:
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
         self.store.mkdir()
-        # TorchServe keeps its pid file, its sockets and the unpacked archive there.
+        # For what is started by hand: its pid file, its sockets and the unpacked archive.
         self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
-        # And its tokens in the folder where it is started, serve.py's: to stop another one there deletes them.
+        # serve.py's folder: the server that was started in it is the one that it knows.
         self.home = folder / "home"
         self.home.mkdir()
         for path in ROOT.iterdir():
-            if path.name not in ("serve.py", "key_file.json"):
+            if path.name not in ("serve.py", "key_file.json", "build"):
                 (self.home / path.name).symlink_to(path)
         shutil.copy(ROOT / "serve.py", self.home)
         self.config.write_text((ROOT / "config.properties").read_text() + config)
@@ -240,7 +242,7 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """TorchServe and its workers."""
-        pid = int((self.folder / ".model_server.pid").read_text())
+        pid = int((self.home / "build" / "tmp" / ".model_server.pid").read_text())
         return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
     def worker(self) -> psutil.Process:
