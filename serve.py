@@ -112,12 +112,12 @@ def write(path: Path, text: str) -> None:
 
 def taken(host: str, port: int) -> OSError | None:
     """Why nobody can listen there, if so."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            return error if isinstance(error, OSError) else OSError(0, "there is no such port")
+    except (OSError, OverflowError) as error:
+        return error if isinstance(error, OSError) else OSError(0, "there is no such port")
     return None
 
 
@@ -142,6 +142,8 @@ def check_ports(config: dict[str, str], choose: str) -> None:
         SystemExit: it cannot; the message says who does, and what to do.
     """
     for host, port in ports(config):
+        if ":" in host:
+            sys.exit(f"TorchServe takes no IPv6 address ({host}): keep IPv4, `make run-proxy` listens on [::1], too.")
         if error := taken(host, port):
             candidates = range(9080, 60_000, 1000)
             free = next((each for each in candidates if not any(taken(host, each + i) for i in range(5))), 9080)
@@ -398,6 +400,9 @@ def proxy(config_path: Path, port: int, certificate: Path | None, key: Path | No
         listen = f"listen {host}:{port} ssl;" + "".join(f' {name} "{path.resolve()}";' for name, path in paths.items())
     text = (HERE / "deploy" / "nginx.conf").read_text()
     text = text.replace("server 127.0.0.1:8080;", f"server {address.netloc};").replace("listen 127.0.0.1:8000;", listen)
+    without_ipv6 = taken("::1", port)
+    listen = "" if without_ipv6 else listen.replace(host, "[::1]", 1).split(" ssl_certificate")[0]
+    text = text.replace("listen [::1]:8000;", listen)
     user = "user root;\n" if os.geteuid() == 0 else ""  # nobody else need be able to read this folder
     write(PROXY / "nginx.conf", user + text)
     command = [program, "-p", f"{HERE}/", "-c", PROXY / "nginx.conf", "-e", PROXY / "error.log"]

@@ -154,12 +154,15 @@ class Server:
         handler: Path = ROOT / "handler.py",
         config: str = "",
         live: dict[str, int] | None = None,
+        prefix: str = "ts-",
         **settings: int,
     ) -> None:
         """``settings`` are lines of model-config.yaml, ``live`` of model-config-live.yaml, if that archive is to be
-        served, too; ``config`` more lines for config.properties.
+        served, too; ``config`` more lines for config.properties; ``prefix`` begins the folder's name.
         """
-        self.folder = folder = Path(tempfile.mkdtemp(prefix="ts-"))  # short: a socket's path has at most 107 characters
+        self.folder = folder = Path(
+            tempfile.mkdtemp(prefix=prefix)
+        )  # short: a socket's path has at most 107 characters
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
         self.store.mkdir()
@@ -226,10 +229,10 @@ class Server:
         command += ["--config-file", config, "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
-    def serve(self, command: str) -> subprocess.CompletedProcess[str]:
+    def serve(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
         options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
         options += ["--live"] * self.live
-        return run(self.home / "serve.py", command, *options, **self.environment)
+        return run(self.home / "serve.py", command, *options, *more, **self.environment)
 
     def start(self) -> None:
         """Start it, on other ports if somebody has taken one of its own in the meantime."""
