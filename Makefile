@@ -54,6 +54,7 @@ clean:
 	rm -rf build model_store logs
 
 .venv/bin/python:
+	@[ -w . ] || { echo "This folder cannot be written, and everything is built in it: clone it into one of your own." >&2; exit 1; }
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || \
 	  { echo "A Python of 3.10 to 3.13 that can make virtual environments is needed (on Debian: apt install python3-venv)," \
 	    "and '$(PYTHON)' is not one: install it, or name it with make PYTHON=/path/to/python3.12." >&2; exit 1; }
