@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 
 import openai
 import pytest
@@ -141,7 +140,7 @@ def test_a_query_chooses_the_format(proxy, whole, path, response_format):
 
 def test_page_live_speech_and_kserves_first_protocol_are_at_the_same_address(proxy):
     page = requests.get(f"{proxy}/", timeout=300)
-    assert page.headers["content-type"] == "text/html"
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert page.text == (ROOT / "clients" / "live.html").read_text()
     said = run(ROOT / "clients" / "live.py", THREE_DIGITS, "--server", proxy)
     assert (said.returncode, said.stdout) == (0, f"{TEXT}\n"), said.stderr
@@ -175,6 +174,7 @@ class Upstream(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         first = self.rfile.read(1)
+        self.server.paths.append(self.path)
         self.server.begun.set()
         body = first + self.rfile.read(int(self.headers["Content-Length"]) - 1)
         said = json.dumps({"headers": dict(self.headers), "bytes": len(body)}).encode()
@@ -192,7 +192,7 @@ def behind(new_server, digits_pt):
     """(the proxy's server, what is behind it)"""
     server = new_server(digits_pt)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream) as upstream:
-        upstream.begun = threading.Event()
+        upstream.begun, upstream.paths = threading.Event(), []
         threading.Thread(target=upstream.serve_forever, daemon=True).start()
         config = server.config.read_text().splitlines()
         config = [line for line in config if not line.startswith("inference_address")]
@@ -225,8 +225,9 @@ def test_whole_files_come_together_before_they_are_passed_on(behind):
         connection.sendall(
             b"POST /predictions/emformer_asr HTTP/1.1\r\nHost: x\r\nContent-Length: 20000\r\n\r\n" + bytes(10_000)
         )
-        time.sleep(0.5)  # a proxy that passes on what it has does so at once
-        assert not upstream.begun.is_set()
+        requests.post(f"http://{host}:{port}/predictions/emformer_asr_live", b"x", headers=RAW, timeout=300)
+        assert upstream.paths == ["/predictions/emformer_asr_live"]  # which came later
+        upstream.begun.clear()
         connection.sendall(bytes(10_000))
         assert upstream.begun.wait(300)
 
