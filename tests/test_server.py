@@ -279,6 +279,38 @@ def test_a_full_disk_is_named_in_one_sentence(tmp_path, monkeypatch):
         serve.make_temporary([tmp_path / "model.mar"])
 
 
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [("0::/a/b", "a/memory.max"), ("4:memory:/a/b", "memory/a/b/memory.limit_in_bytes"), ("0::/", "memory.max")],
+)
+def test_too_little_memory_is_named_in_one_sentence(tmp_path, monkeypatch, new_server, digits_pt, line, file):
+    (tmp_path / "cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    limit = tmp_path / "cgroups" / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text(f"{500 * 2**20}\n")
+    monkeypatch.setattr(serve, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(serve, "CGROUPS", tmp_path / "cgroups")
+    monkeypatch.setattr(serve, "running_server", lambda: None)
+    server = new_server(digits_pt)
+    with pytest.raises(SystemExit, match=rf"^There are 500 MB .* needs {serve.LEAST_MEMORY} MB: raise the limit\.$"):
+        serve.start(server.config, server.store, tmp_path / "logs")
+
+
+@pytest.mark.parametrize(("megabytes", "heap"), [(1024, 384), (16384, 4096)])
+def test_javas_memory_follows_the_limit(tmp_path, monkeypatch, new_server, digits_pt, megabytes, heap):
+    """With the least of it an hour of PCM can be uploaded: bytes of that size that are no audio come back as such."""
+    server = new_server(digits_pt)
+    path = server.home / "serve.py"
+    path.write_text(
+        path.read_text().replace("limits = [psutil.virtual_memory().total]", f"limits = [{megabytes} * 2**20]")
+    )
+    server.start()
+    assert f"-Xmx{heap}m" in server.processes()[0].environ()["JAVA_TOOL_OPTIONS"].split()
+    for _ in range(2):
+        answer = requests.post(server.url, bytes(115_200_044), headers={"Content-Type": "audio/wav"}, timeout=300)
+        assert (answer.status_code, answer.json()["type"]) == (400, "NotAudio")
+
+
 @pytest.mark.parametrize("prefix", ["a b-\u00fc-", "long-" * 20], ids=["space and letter", "long"])
 def test_any_folder_will_do_whatever_the_locale(new_server, digits_pt, prefix):
     server = new_server(digits_pt, prefix=prefix)
