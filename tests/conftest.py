@@ -296,6 +296,22 @@ def free_ports(count: int) -> list[int]:
     raise OSError("no port is free")
 
 
+def origin(server: Server, *options: str) -> str:
+    """The address of a proxy that was started before a server; another port if that was taken in the meantime."""
+    for _ in range(4):
+        [port] = free_ports(1)
+        started = server.serve("proxy", "--port", str(port), *options)
+        if started.returncode == 0:
+            return f"{'https' if options else 'http'}://127.0.0.1:{port}"
+    raise AssertionError(started.stdout + started.stderr)
+
+
+needs_nginx = pytest.mark.skipif(
+    not shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"),
+    reason="needs nginx, Debian's package nginx-light",
+)
+
+
 @pytest.fixture
 def new_server():
     """Make servers that are not started yet; leave none behind."""

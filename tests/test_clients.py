@@ -10,9 +10,8 @@ import subprocess
 
 import pytest
 import requests
-from conftest import SAMPLES, Server, transcripts
+from conftest import SAMPLES, Server, needs_nginx, origin, transcripts
 from test_api import table
-from test_proxy import origin
 
 THREE_DIGITS = SAMPLES / "three-digits.wav"
 AUDIO = THREE_DIGITS.read_bytes()
@@ -139,13 +138,11 @@ def there(client: str) -> bool:
     return name == "kserve v1" or bool(shutil.which(name) or importlib.util.find_spec(name))
 
 
-@pytest.mark.parametrize("through", ["TorchServe", "nginx"])
+@pytest.mark.parametrize("through", ["TorchServe", pytest.param("nginx", marks=needs_nginx)])
 @pytest.mark.parametrize("client", [row[0] for row in table("client", "how", "answer")])
 def test_every_client_is_answered(asked, tmp_path, client, through):
     if not there(client):
         pytest.skip(f"needs {client.split(',')[0]}")
-    if through == "nginx" and not shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"):
-        pytest.skip("needs nginx, Debian's package nginx-light")
     url = asked.url if through == "TorchServe" else f"{origin(asked)}/predictions/emformer_asr"
     answers = CLIENTS[client](url, tmp_path)
     if "gzip" in client:

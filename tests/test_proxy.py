@@ -12,29 +12,16 @@ import threading
 import openai
 import pytest
 import requests
-from conftest import ROOT, SAMPLES, Server, free_ports, run, transcripts
+from conftest import ROOT, SAMPLES, Server, needs_nginx, origin, run, transcripts
 from openai.types.audio import Transcription, TranscriptionVerbose
 
 import serve
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"),
-    reason="needs nginx, Debian's package nginx-light",
-)
+pytestmark = needs_nginx
 THREE_DIGITS = SAMPLES / "three-digits.wav"
 AUDIO = THREE_DIGITS.read_bytes()
 TEXT = transcripts("digits")["three-digits.wav"]
 RAW = {"Content-Type": "application/octet-stream"}
-
-
-def origin(server: Server, *options: str) -> str:
-    """The address of a proxy that was started before a server; another port if that was taken in the meantime."""
-    for _ in range(4):
-        [port] = free_ports(1)
-        started = server.serve("proxy", "--port", str(port), *options)
-        if started.returncode == 0:
-            return f"{'https' if options else 'http'}://127.0.0.1:{port}"
-    raise AssertionError(started.stdout + started.stderr)
 
 
 @pytest.fixture(scope="module")
