@@ -31,6 +31,8 @@ NOT_RUN = [
     "$ .venv/bin/pip install -r benchmarks/requirements.txt",
     "$ .venv/bin/python benchmarks/engine.py speed",
     "$ .venv/bin/python training/evaluate.py --data FOLDER...",
+    "$ make run-proxy",
+    "$ export no_proxy=localhost,127.0.0.1,::1",
     "$ .venv/bin/python clients/live.py",
     "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
     "$ xdg-open http://127.0.0.1:8000/live.html",
