@@ -67,8 +67,8 @@ def alike(line: str) -> str:
 
 @pytest.fixture
 def copy(tmp_path, new_server, digits_pt):
-    """The repository as somebody cloned it, with ports that are free, and the environment of his shell."""
-    folder = tmp_path / "emformer-asr"
+    """The repository as somebody cloned it, with a space in its path, with ports that are free."""
+    folder = tmp_path / "emformer asr"
     left_out = (".git", ".venv", "build", "logs", "model_store", "*.pt", "data", "engines", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     shutil.copytree(ROOT / "models", folder / "models", dirs_exist_ok=True)  # its weights are a .pt
