@@ -23,6 +23,10 @@ KEY =
 BIN := .venv/bin
 CHOICE := build/$(MODEL)-$(PRECISION).choice
 
+ifeq ($(shell test -w . && echo yes),)
+$(error This folder cannot be written, and everything is built in it: clone it into one of your own)
+endif
+
 .PHONY: run run-live run-proxy lint check test stop clean
 .DELETE_ON_ERROR:
 
@@ -54,7 +58,6 @@ clean:
 	rm -rf build model_store logs
 
 .venv/bin/python:
-	@[ -w . ] || { echo "This folder cannot be written, and everything is built in it: clone it into one of your own." >&2; exit 1; }
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || \
 	  { echo "A Python of 3.10 to 3.13 that can make virtual environments is needed (on Debian: apt install python3-venv)," \
 	    "and '$(PYTHON)' is not one: install it, or name it with make PYTHON=/path/to/python3.12." >&2; exit 1; }

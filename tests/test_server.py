@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -268,6 +270,19 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_sentence(new_server, di
     started = server.serve("start")
     assert started.returncode == 1
     assert re.fullmatch(r"/\S+/home/build/tmp cannot be written \(.+\): .+ one of your own\.\n", started.stderr)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_checkout_that_cannot_be_written_is_named_in_one_sentence():
+    folder = Path(tempfile.mkdtemp())  # one that others reach, too
+    shutil.copy(ROOT / "Makefile", folder)
+    folder.chmod(0o555)
+    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}  # root may write anywhere
+    said = subprocess.run(["make", "run"], cwd=folder, capture_output=True, text=True, **other)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+    assert said.returncode == 2 and said.stderr.count("\n") == 1
+    assert "This folder cannot be written, and everything is built in it" in said.stderr
 
 
 def test_a_full_disk_is_named_in_one_sentence(tmp_path, monkeypatch):
