@@ -31,5 +31,5 @@ EXPOSE 8080
 # torchserve is process 1, which would not hear SIGTERM.
 STOPSIGNAL SIGINT
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/ping')"]
+  CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8080/ping')"]
 CMD ["torchserve", "--start", "--foreground", "--ncs", "--ts-config", "config.properties", "--log-config", "log4j2.xml", "--model-store", "model_store", "--models", "emformer_asr=emformer_asr.mar"]

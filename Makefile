@@ -1,5 +1,6 @@
 # make run    set everything up, start the server, transcribe the sample audio
 # make run-live   start both archives, that for live speech, too, and let it hear a sample
+# make run-proxy  start nginx before what runs: OpenAI's paths, the page and both models at one address
 # make check  set everything up, lint, run the tests that need no server
 # make test   the same, and every other test
 # make stop   stop the server
@@ -12,20 +13,33 @@ SUITABLE := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] 
 # Which model to serve: digits or librispeech; and fp32, bf16 or int8.
 MODEL ?= digits
 PRECISION ?= fp32
+# The first of five ports in a row, if not those of config.properties.
+PORT =
+# The proxy's; a certificate and its key, if it is to speak TLS.
+PROXY_PORT = 8000
+CERTIFICATE =
+KEY =
 
 BIN := .venv/bin
 CHOICE := build/$(MODEL)-$(PRECISION).choice
 
-.PHONY: run run-live lint check test stop clean
+ifeq ($(shell test -w . && echo yes),)
+$(error This folder cannot be written, and everything is built in it: clone it into one of your own)
+endif
+
+.PHONY: run run-live run-proxy lint check test stop clean
 .DELETE_ON_ERROR:
 
 run: model_store/emformer_asr.mar
-	@$(BIN)/python serve.py start
+	@$(BIN)/python serve.py start $(if $(PORT),--port $(PORT))
 	@$(BIN)/python serve.py samples --model $(MODEL)
 
 run-live: model_store/emformer_asr.mar model_store/emformer_asr_live.mar build/config-live.properties
-	@$(BIN)/python serve.py start --live --config build/config-live.properties
+	@$(BIN)/python serve.py start --live --config build/config-live.properties $(if $(PORT),--port $(PORT))
 	@$(BIN)/python serve.py samples --live
+
+run-proxy: .venv/installed
+	@$(BIN)/python serve.py proxy --port $(PROXY_PORT) $(if $(CERTIFICATE),--certificate "$(CERTIFICATE)" --key "$(KEY)")
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

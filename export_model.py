@@ -200,7 +200,6 @@ def export(
     with warnings.catch_warnings():
         # TorchScript is what the handler's interface asks for; torch 2.11 calls it deprecated on every use.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
         scripted = torch.jit.script(with_precision(Decoder(model, blank), precision))
         save(scripted, output, files | {"metadata.json": json.dumps(metadata, indent=1).encode()})
     return metadata

@@ -72,10 +72,11 @@ FORMATS = {
     "verbose_json": ("application/json", ("application/json;profile=verbose",)),
     "srt": ("application/x-subrip; charset=utf-8", ("application/x-subrip",)),
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
+    "events": ("text/event-stream; charset=utf-8", ("text/event-stream",)),
 }
 # Where the audio is looked for, in forms and JSON; "body" is a raw body.
 AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
-TEXT_FIELDS = ("response_format", "audio_track", "prompt")  # where it is not, whatever their bytes
+TEXT_FIELDS = ("response_format", "audio_track", "prompt", "stream")  # where it is not, whatever their bytes
 BINARY = re.compile(rb"[\x00-\x08\xf8-\xff]")  # bytes that no text has, and the first kilobytes of every audio file
 MAX_FILES = 64  # in one request
 MAX_DEPTH = 8  # of JSON around the audio
@@ -189,15 +190,18 @@ def track_of(request: dict, headers: dict[str, str]) -> int | None:
 
 
 def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
-    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``."""
-    name = field(request, "response_format")
+    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
+
+    With the field ``stream``, whatever they say, it is what OpenAI's clients then read.
+    """
+    name = "events" if str(field(request, "stream")).lower() in ("true", "1") else field(request, "response_format")
     name = name or accepted(headers.get("accept", "").lower().replace(" ", "").replace('"', "") or "*/*")
     if not isinstance(name, str) or name not in FORMATS:
         media_types = ", ".join(media_types[0] for _, media_types in FORMATS.values())
         allowed = f"The field response_format may be {', '.join(FORMATS)}; the header Accept {media_types}."
         raise refusal(406, "UnknownFormat", f"There is no such format. {allowed}")
-    if name not in ("text", "json") and not has_times:
-        message = "The model file gives no times: only the formats text and json can be had."
+    if name not in ("text", "json", "events") and not has_times:
+        message = "The model file gives no times: only the formats text, json and events can be had."
         raise refusal(406, "NoTimes", message)
     return name
 
@@ -849,8 +853,8 @@ class ModelHandler:
             raise sound["heard"]
         best, *_ = hypotheses = sound["heard"]
         text = self.tokens_to_text(best[0])
-        if sound["format"] in ("text", "json"):
-            return text if sound["format"] == "text" else {"text": text}
+        if sound["format"] in ("text", "json", "events"):
+            return {"text": text, "json": {"text": text}, "events": events(text)}[sound["format"]]
         words = words_of(best, sound["duration"], self.tokens_to_text, self.word_delays)
         segments = segments_of(words)
         if sound["format"] != "verbose_json":
@@ -924,6 +928,13 @@ def segments_of(words: list[dict]) -> list[dict]:
 
 def text_of(words: list[dict]) -> str:
     return " ".join(word["word"] for word in words)
+
+
+def events(text: str) -> str:
+    """``text`` as server-sent events, as OpenAI streams a transcript: word by word, and the whole at the end."""
+    parts = [{"type": "transcript.text.delta", "delta": part} for part in re.findall(r"\s*\S+", text)]
+    parts.append({"type": "transcript.text.done", "text": text})
+    return "".join(f"data: {json.dumps(part)}\n\n" for part in parts)
 
 
 def subtitles(segments: list[dict], kind: str) -> str:

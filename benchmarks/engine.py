@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import sentencepiece
 import torch
+from torchaudio.functional import edit_distance
 from torchaudio.models import RNNT, RNNTBeamSearch, emformer_rnnt_base
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import export_model  # noqa: E402
 from engine.decoder import Decoder  # noqa: E402
-from engine.precision import PRECISIONS, with_precision  # noqa: E402
+from engine.precision import PRECISIONS, with_linears, with_precision  # noqa: E402
 from handler import ModelHandler, decode_audio  # noqa: E402
 
 RUNS = 5
@@ -50,9 +51,9 @@ SCALING_MINUTES = (1 / 6, 1, 5, 20, 60)
 REFERENCE_MINUTES = (1 / 6, 1, 2)
 
 
-def stand_in(blank_bias: float) -> RNNT:
+def stand_in(blank_bias: float, seed: int = 0) -> RNNT:
     """The 76.7M-parameter network, random but the same every time, its blank bias raised."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = emformer_rnnt_base(num_symbols=VOCABULARY).eval()
     model.joiner.linear.bias.data[-1] += blank_bias
     return model
@@ -123,12 +124,12 @@ def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float
     From the highest down, and no further than where they do: far below, every frame emits as much as it may.
     """
     decoder = with_precision(Decoder(stand_in(0.0), VOCABULARY - 1), precision)
-    joiner = stand_in(0.0).joiner.linear.requires_grad_(False)
+    joiner = stand_in(0.0).joiner
 
     def rate(bias: float) -> float:
-        raised = copy.deepcopy(joiner)
+        raised = copy.deepcopy(joiner.linear)
         raised.bias[-1] += bias
-        decoder.search.joiner = with_precision(torch.nn.Sequential(raised), precision)[0]
+        decoder.search.joiner = with_linears(torch.nn.Sequential(joiner.activation, raised), precision)
         tokens = decoder.search(encodings, decoder.search.first_beam(), beam_width).hypotheses[0][0]
         return (len(tokens) - 1) * 100 / len(features)
 
@@ -145,12 +146,16 @@ def blank_bias(features: torch.Tensor, precision: str, beam_width: int) -> float
 
 def speed(features: torch.Tensor) -> None:
     """Whole decode of one utterance, and of twelve times it."""
-    print("\n                          milliseconds    times  real-time factor  tokens/s")
+    peaks = {precision: peak(precision) for precision in PRECISIONS}
+    print("\nthis core's peak: " + ", ".join(f"{name} {own / 1e9:.0f} GOP/s" for name, own in peaks.items()))
+    print("limit: the products that the network needs for this audio, at that pace")
+    print("\n                          milliseconds    times  real-time factor  tokens/s  limit / time")
     long = torch.cat([features] * round(12_000 / len(features)))
     for utterance, beam_width in ((features, 1), (features, 10), (long, 1)):
         biases = {precision: blank_bias(utterance, precision, beam_width) for precision in PRECISIONS}
         reference = torch.jit.script(RNNTBeamSearch(stand_in(biases["fp32"]), VOCABULARY - 1))
         modules = {"torchaudio": reference} | {p: script(stand_in(bias), p) for p, bias in biases.items()}
+        needed = {p: operations(utterance, p, beam_width, bias) for p, bias in biases.items()}
         seconds = len(utterance) / 100
         arguments = (utterance, torch.tensor([len(utterance)]), beam_width)
         with torch.inference_mode():
@@ -160,7 +165,98 @@ def speed(features: torch.Tensor) -> None:
         for name, own, count in zip(modules, times, tokens, strict=True):
             label = f"{seconds:5.1f} s  beam {beam_width:2}  {name}"
             ratio, factor = times[0] / own, own / seconds / 1000
-            print(f"{label:28} {own:9.0f} {ratio:6.2f} x {factor:17.4f} {count / seconds:9.1f}", flush=True)
+            line = f"{label:28} {own:9.0f} {ratio:6.2f} x {factor:17.4f} {count / seconds:9.1f}"
+            if name in needed:
+                limit = 1000 * needed[name] / peaks[name]
+                line += f"  {limit:4.0f} ms ({needed[name] / 1e9:.1f} GOP): {limit / own:.0%}"
+            print(line, flush=True)
+
+
+def peak(precision: str) -> float:
+    """Operations a second, two a multiplication, of this core's fastest product of a layer's size, inputs at hand."""
+    rates = []
+    for rows in (64, 128, 325):
+        for linear in layer_linears():
+            linear.requires_grad_(False)
+            input = torch.randn(rows, linear.in_features)
+            layer = with_linears(torch.nn.Sequential(copy.deepcopy(linear)), precision)
+            products = [lambda layer=layer, input=input: layer(input)]
+            if precision == "fp32":
+                products.append(lambda linear=linear, input=input: linear(input))
+            elif precision == "int8":
+                weight = torch.randint(-127, 128, linear.weight.shape, dtype=torch.int8)
+                ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+                packed = torch.ops.onednn.qlinear_prepack(weight, list(input.shape))
+                numbers = torch.randint(0, 128, input.shape, dtype=torch.uint8)
+                after = [None, 1.0, 0, torch.float32, "none", [], ""]  # neither bias nor another output
+                fixed = (numbers, 1.0, 0, packed, ones, zeros, *after)
+                products.append(lambda fixed=fixed: torch.ops.onednn.qlinear_pointwise(*fixed))
+            with torch.inference_mode():
+                for product in products:
+                    times = []
+                    for _ in range(20):
+                        started = time.perf_counter()
+                        product()
+                        times.append(time.perf_counter() - started)
+                    rates.append(2 * rows * linear.in_features * linear.out_features / min(times))
+    return max(rates)
+
+
+def operations(features: torch.Tensor, precision: str, beam_width: int, bias: float) -> int:
+    """Those of the products that the network needs for ``features``, as the engine finds them out: no row twice."""
+    decoder = with_precision(Decoder(stand_in(bias), VOCABULARY - 1), precision)
+    decoder.search.joiner_rows = 1  # nothing ahead of its time
+    counted = [0]
+
+    def count(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        counted[0] += 2 * output.numel() * inputs[0].size(-1)
+
+    for module in decoder.modules():
+        if hasattr(module, "packed"):
+            module.register_forward_hook(count)
+    encoder = decoder.encoder
+    rows = encoder.segments(features) * encoder.width
+    keys = encoder.left_context + encoder.width
+    attention = 2 * 2 * rows * keys * encoder.layers[0].layer_norm_input.weight.numel()
+    with torch.inference_mode():
+        decoder.decode([features], beam_width)
+    return counted[0] + len(encoder.layers) * attention
+
+
+def accuracy(features: torch.Tensor) -> None:
+    """How far from float32: encodings, the joiner's log-probabilities, and tokens.
+
+    The errors are of ``features``, root of the mean square and largest. The tokens are of the samples and of
+    ``features``, five sets of random weights, beam widths 1 and 4: one less the edit distance to float32's, divided by
+    float32's number of tokens.
+    """
+    print("\n        encodings           log-probabilities   the same tokens   (of how many; in how many beams)")
+    with tempfile.TemporaryDirectory() as folder:
+        export_model.export("digits", Path(folder) / "emformer_rnnt.pt")
+        handler = handler_for(Path(folder) / "emformer_rnnt.pt")
+    names = sorted(path for path in (ROOT / "sample_audio").iterdir() if path.suffix != ".tsv")
+    clips = [features, *(handler._features(decode_audio(path.read_bytes())) for path in names)]
+    found: dict[str, list[list[int]]] = {precision: [] for precision in PRECISIONS}
+    computed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for seed in range(5):
+        for precision in PRECISIONS:
+            engine = script(stand_in(1.65, seed), precision)
+            with torch.inference_mode():
+                for clip in clips:
+                    for beam_width in (1, 4):
+                        found[precision].append(engine.decode([clip], beam_width)[0].hypotheses[0][0][1:])
+                if seed == 0:
+                    window = [(0, 0, engine.encoder.segments(features))]
+                    [encodings], _ = engine._encode([features], window, engine.encoder.empty_past(1))
+                    joined = engine.search.joiner(encodings + engine.search.first_beam().hypotheses[0][1])
+                    computed[precision] = encodings, joined.log_softmax(1)
+    tokens = sum(map(len, found["fp32"]))
+    for precision in PRECISIONS[1:]:
+        errors = [own - exact for own, exact in zip(computed[precision], computed["fp32"], strict=True)]
+        shown = "  ".join(f"{e.square().mean().sqrt():8.4f} {e.abs().max():8.4f}" for e in errors)
+        pairs = list(zip(found[precision], found["fp32"], strict=True))
+        distance = sum(edit_distance(own, exact) for own, exact in pairs)
+        print(f"{precision} {shown} {1 - distance / tokens:12.1%}   ({tokens}; {len(pairs)})", flush=True)
 
 
 def parts(features: torch.Tensor) -> None:
@@ -194,7 +290,7 @@ def parts(features: torch.Tensor) -> None:
             lambda e=engine, x=encodings, f=first: e.search(x, f, 1),
         )
         encoder = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(*layer_linears())})
-        layer = with_precision(encoder, precision)["encoder"]
+        layer = with_linears(encoder, precision)["encoder"]
         print(f"{precision:10} {times[0]:7.0f} ms {times[1]:7.0f} ms {floor(layer)}", flush=True)
     print(f"torch.nn.Linear, as in torchaudio {floor(torch.nn.Sequential(*layer_linears()))}", flush=True)
 
@@ -283,14 +379,12 @@ def windows(features: torch.Tensor) -> None:
 
 def size(features: torch.Tensor) -> None:
     """The file, and what a process that has loaded and warmed it up holds in memory, PyTorch included."""
-    print("\n             file      process")
+    print("\n             file      process   without 1.3 x the file")
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRECISIONS:
             path = save(script(stand_in(1.65), precision), Path(folder) / f"{precision}.pt")
-            measured = in_a_process("engine", path, 1 / 6)
-            print(
-                f"{precision}   {path.stat().st_size / 1e6:8.1f} MB  {measured['resident'] / 1e6:8.0f} MB", flush=True
-            )
+            own, resident = path.stat().st_size / 1e6, in_a_process("engine", path, 1 / 6)["resident"] / 1e6
+            print(f"{precision}   {own:8.1f} MB  {resident:8.0f} MB  {resident - 1.3 * own:8.0f} MB", flush=True)
 
 
 def in_a_process(kind: str, model: Path, minutes: float, waveform: Path | None = None) -> dict[str, float]:
@@ -396,6 +490,7 @@ def processor() -> str:
 
 TABLES = {
     "speed": speed,
+    "accuracy": accuracy,
     "parts": parts,
     "batch": batch,
     "streaming": streaming,

@@ -16,6 +16,7 @@ import time
 import uuid
 import wave
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import requests
 
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
     args = parser.parse_args()
     url, session, number, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1, []
+    host = urlsplit(args.server).hostname or ""
+    session.trust_env = host not in ("localhost", "::1") and not host.startswith("127.")  # no proxy to this machine
     common = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
     common |= {"Authorization": f"Bearer {args.token}"} if args.token else {}
     # Ctrl-C ends the sound, and a second one the program.

@@ -50,8 +50,6 @@ class Decoder(torch.nn.Module):
         self.encoder = Encoder(model.transcriber)
         self.search = BeamSearch(model, blank)
         self.window_segments: int = WINDOW_SEGMENTS
-        # Whether one call of the encoder may hold several utterances; see ``with_precision``.
-        self.packs = True
 
     def forward(self, input: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
         """Transcribe one utterance.
@@ -169,7 +167,7 @@ class Decoder(torch.nn.Module):
         while any([segments > 0 for segments in left]):
             group: list[int] = []
             for i in range(len(streams)):
-                if left[i] > 0 and (self.packs or len(group) == 0):
+                if left[i] > 0:
                     group.append(i)
             count = min([left[i] for i in group] + [max(self.window_segments // len(group), 1)])
             rows = torch.stack([encoder.rows(waiting[i], done[i], done[i] + count) for i in group])
@@ -210,21 +208,19 @@ class Decoder(torch.nn.Module):
             window, its last + 1.
         """
         windows = torch.jit.annotate(list[list[tuple[int, int, int]]], [])
-        everything = list(range(len(segments)))
-        for stream in [everything] if self.packs else [[utterance] for utterance in everything]:
-            total = sum([segments[utterance] for utterance in stream])
-            size = -(-total // max(-(-total // self.window_segments), 1))
-            room = 0
-            for utterance in stream:
-                first = 0
-                while first < segments[utterance]:
-                    if room == 0:
-                        windows.append(torch.jit.annotate(list[tuple[int, int, int]], []))
-                        room = size
-                    last = min(first + room, segments[utterance])
-                    windows[-1].append((utterance, first, last))
-                    room -= last - first
-                    first = last
+        total = sum(segments)
+        size = -(-total // max(-(-total // self.window_segments), 1))
+        room = 0
+        for utterance in range(len(segments)):
+            first = 0
+            while first < segments[utterance]:
+                if room == 0:
+                    windows.append(torch.jit.annotate(list[tuple[int, int, int]], []))
+                    room = size
+                last = min(first + room, segments[utterance])
+                windows[-1].append((utterance, first, last))
+                room -= last - first
+                first = last
         return windows
 
     def _encode(

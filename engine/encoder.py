@@ -52,8 +52,8 @@ class EncoderLayer(torch.nn.Module):
             key_value = torch.nn.functional.pad(key_value, (0, 0, 0, missing))
         heads, keys = self.num_heads, self.past_rows + block
         query = query.reshape(-1, block, heads, dim // heads).transpose(1, 2)  # (blocks, heads, block, d)
-        key_value = key_value.unfold(1, keys, block)  # (N, blocks / N, 2 D, keys)
-        key, value = key_value.reshape(-1, 2, heads, dim // heads, keys).transpose(3, 4).unbind(1)
+        key_value = key_value.unfold(1, keys, block).transpose(2, 3)  # (N, blocks / N, keys, 2 D)
+        key, value = key_value.reshape(-1, keys, 2, heads, dim // heads).transpose(1, 3).unbind(2)
         attention = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attention = attention.transpose(1, 2).reshape(batch, count + missing, dim)[:, :count]
 

@@ -131,8 +131,7 @@ class BeamSearch(torch.nn.Module):
         if blank != model.joiner.linear.out_features - 1:
             raise ValueError("The blank token must be the last one of the vocabulary.")
         self.predictor = Predictor(model.predictor)
-        self.joiner = model.joiner.linear
-        self.activation = model.joiner.activation
+        self.joiner = torch.nn.Sequential(model.joiner.activation, model.joiner.linear)
         self.blank = blank
         # TorchScript sees attributes, not this file's constants.
         self.joiner_rows: int = JOINER_ROWS
@@ -259,7 +258,7 @@ class BeamSearch(torch.nn.Module):
         """``paths``, each with its log-probabilities for frame ``t``.
 
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
-        same product and keeps them for as long as it lives. (At int8, what shares a call rounds a little otherwise.)
+        same product and keeps them for as long as it lives.
         """
         missing: list[torch.Tensor] = []
         for path in paths:
@@ -269,7 +268,7 @@ class BeamSearch(torch.nn.Module):
             return paths
         source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
         target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
-        log_probs = torch.log_softmax(self.joiner(self.activation(source + target)), dim=2).cpu()  # (paths, W, V)
+        log_probs = torch.log_softmax(self.joiner(source + target), dim=2).cpu()  # (paths, W, V)
         blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
         best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
         joined: list[Path] = []

@@ -29,6 +29,8 @@ import serve
 from handler import ModelHandler, decode_audio
 
 ROOT = Path(__file__).parents[1]
+# Nothing that a test sends to this machine goes through a proxy.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
 SAMPLES = ROOT / "sample_audio"
 BIN = Path(sys.executable).parent
 
@@ -152,22 +154,25 @@ class Server:
         handler: Path = ROOT / "handler.py",
         config: str = "",
         live: dict[str, int] | None = None,
+        prefix: str = "ts-",
         **settings: int,
     ) -> None:
         """``settings`` are lines of model-config.yaml, ``live`` of model-config-live.yaml, if that archive is to be
-        served, too; ``config`` more lines for config.properties.
+        served, too; ``config`` more lines for config.properties; ``prefix`` begins the folder's name.
         """
-        self.folder = folder = Path(tempfile.mkdtemp(prefix="ts-"))  # short: a socket's path has at most 107 characters
+        self.folder = folder = Path(
+            tempfile.mkdtemp(prefix=prefix)
+        )  # short: a socket's path has at most 107 characters
         self.config = folder / "config.properties"
         self.store = folder / "model_store"
         self.store.mkdir()
-        # TorchServe keeps its pid file, its sockets and the unpacked archive there.
+        # For what is started by hand: its pid file, its sockets and the unpacked archive.
         self.environment = {"TMPDIR": str(folder), "TEMP": str(folder)}
-        # And its tokens in the folder where it is started, serve.py's: to stop another one there deletes them.
+        # serve.py's folder: the server that was started in it is the one that it knows.
         self.home = folder / "home"
         self.home.mkdir()
         for path in ROOT.iterdir():
-            if path.name not in ("serve.py", "key_file.json"):
+            if path.name not in ("serve.py", "key_file.json", "build"):
                 (self.home / path.name).symlink_to(path)
         shutil.copy(ROOT / "serve.py", self.home)
         self.config.write_text((ROOT / "config.properties").read_text() + config)
@@ -224,10 +229,10 @@ class Server:
         command += ["--config-file", config, "--export-path", self.store]
         subprocess.run(command, check=True, env=os.environ | self.environment)
 
-    def serve(self, command: str) -> subprocess.CompletedProcess[str]:
+    def serve(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
         options = ["--config", self.config, "--model-store", self.store, "--logs", self.folder / "logs"]
         options += ["--live"] * self.live
-        return run(self.home / "serve.py", command, *options, **self.environment)
+        return run(self.home / "serve.py", command, *options, *more, **self.environment)
 
     def start(self) -> None:
         """Start it, on other ports if somebody has taken one of its own in the meantime."""
@@ -240,7 +245,7 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """TorchServe and its workers."""
-        pid = int((self.folder / ".model_server.pid").read_text())
+        pid = int((self.home / "build" / "tmp" / ".model_server.pid").read_text())
         return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
     def worker(self) -> psutil.Process:
@@ -289,6 +294,22 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise OSError("no port is free")
+
+
+def origin(server: Server, *options: str) -> str:
+    """The address of a proxy that was started before a server; another port if that was taken in the meantime."""
+    for _ in range(4):
+        [port] = free_ports(1)
+        started = server.serve("proxy", "--port", str(port), *options)
+        if started.returncode == 0:
+            return f"{'https' if options else 'http'}://127.0.0.1:{port}"
+    raise AssertionError(started.stdout + started.stderr)
+
+
+needs_nginx = pytest.mark.skipif(
+    not shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"),
+    reason="needs nginx, Debian's package nginx-light",
+)
 
 
 @pytest.fixture

@@ -103,6 +103,12 @@ def test_the_caller_chooses_the_format(server, field, accept, _):
     elif field == "verbose_json":
         jsonschema.validate(by_field.json(), SCHEMA)
         assert by_field.json()["text"] == TEXT
+    elif field == "events":
+        said = [json.loads(line.removeprefix("data: ")) for line in by_field.text.split("\n\n")[:-1]]
+        assert [event["type"] for event in said] == ["transcript.text.delta"] * 3 + ["transcript.text.done"]
+        assert "".join(event["delta"] for event in said[:-1]) == said[-1]["text"] == TEXT
+        streamed = requests.post(server.url, files={"file": AUDIO}, data={"stream": "true"}, timeout=60)
+        assert streamed.text == by_field.text
     else:
         parse = {"srt": srt.parse, "vtt": lambda text: webvtt.from_buffer(io.StringIO(text)).captions}[field]
         assert [getattr(cue, "content", None) or cue.text for cue in parse(by_field.text)] == [TEXT]

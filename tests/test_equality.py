@@ -454,13 +454,80 @@ def test_a_batch_gives_what_each_utterance_gives_alone(engines, features, precis
         assert [len(beam.hypotheses[0][0]) > 1 for beam in together if beam.searched > 3] == [True] * (len(speech) + 1)
 
 
-def test_short_utterances_share_a_window_at_fp32_only(engines):
+def test_short_utterances_share_a_window(engine):
     segments = [5, 0, 7, 90]
-    [together, rest] = engines("fp32")._windows(segments)
+    [together, rest] = engine._windows(segments)
     assert [utterance for utterance, _, _ in together] == [0, 2, 3]
     assert sum(last - first for _, first, last in together + rest) == sum(segments)
-    for precision in ("bf16", "int8"):
-        assert engines(precision)._windows(segments) == [[(0, 0, 5)], [(2, 0, 7)], [(3, 0, 90)]]
+
+
+def bits(beam) -> tuple:
+    """All of a beam that somebody reads: tokens, scores, frames, log-probabilities."""
+    return [(tokens, score) for tokens, _, _, score in beam.hypotheses], beam.frames, beam.log_probs
+
+
+def streamed(engine: torch.jit.ScriptModule, utterances: list[torch.Tensor], beam_width: int, seed: int) -> list[tuple]:
+    """``bits`` of utterances that come in pieces of 1 to 60 feature frames, all of them at once while they last."""
+    generator = torch.Generator().manual_seed(seed)
+    streams, heard = [engine.begin() for _ in utterances], [0] * len(utterances)
+    settled: list[tuple[list, list, list]] = [([], [], []) for _ in utterances]
+    while speaking := [i for i, utterance in enumerate(utterances) if heard[i] < len(utterance)]:
+        pieces = []
+        for i in speaking:
+            size = int(torch.randint(1, 61, (), generator=generator))
+            pieces.append(utterances[i][heard[i] : heard[i] + size])
+            heard[i] += size
+        ended = [heard[i] >= len(utterances[i]) for i in speaking]
+        advanced = engine.advance([streams[i] for i in speaking], pieces, ended, beam_width)
+        for i, stream in zip(speaking, advanced, strict=True):
+            streams[i] = stream
+            for so_far, new in zip(settled[i], stream[4], strict=True):
+                so_far += new
+    found = []
+    for (tokens, frames, log_probs), (_, _, _, (hypotheses, last_frames, last_log_probs, _, _), _) in zip(
+        settled, streams, strict=True
+    ):
+        found.append(
+            (
+                [(h[0][:1] + tokens + h[0][1:], h[3]) for h in hypotheses],
+                [frames + each for each in last_frames],
+                [log_probs + each for each in last_log_probs],
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("beam_width", [1, 4, 10])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_no_company_changes_a_bit_at_less_than_single_precision(engines, features, precision, beam_width):
+    """Alone, in a batch, in windows of any size, in pieces of streams beside others: the same scores to the bit."""
+    engine = engines(precision)
+    utterances = [features["three-digits.wav"], random_features(0), random_features(37), features["phone-number.flac"]]
+    with torch.inference_mode():
+        alone = [bits(engine.decode([utterance], beam_width)[0]) for utterance in utterances]
+        assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
+        assert [bits(beam) for beam in engine.decode(utterances[::-1], beam_width)] == alone[::-1]
+        for window_segments in (1, 2, 7):
+            with windows_of(engine, window_segments):
+                assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
+        for seed in (0, 1):
+            assert streamed(engine, utterances, beam_width, seed) == alone
+        assert streamed(engine, utterances[:1], beam_width, 2) == alone[:1]
+    assert len(alone[0][0][0][0]) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_no_company_changes_a_bit_of_the_full_architecture(precision, features):
+    engine = scripted(stand_in(0), precision)
+    utterances = [features[file][:400] for file in ALL_SAMPLES[:3]]
+    with torch.inference_mode():
+        for beam_width in (1, 10):
+            alone = [bits(engine.decode([utterance], beam_width)[0]) for utterance in utterances]
+            assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
+            with windows_of(engine, 3):
+                assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
+            assert streamed(engine, utterances, beam_width, beam_width) == alone
 
 
 def test_forward_gives_the_hypotheses_of_decode_also_outside_inference_mode(engine, features):

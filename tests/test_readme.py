@@ -1,5 +1,6 @@
 """The commands of the pages and of the Dockerfile do what stands there, all of them, in order; links lead somewhere."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import BIN, ROOT, SAMPLES, post
 
@@ -31,6 +33,8 @@ NOT_RUN = [
     "$ .venv/bin/pip install -r benchmarks/requirements.txt",
     "$ .venv/bin/python benchmarks/engine.py speed",
     "$ .venv/bin/python training/evaluate.py --data FOLDER...",
+    "$ make run-proxy",
+    "$ export no_proxy=localhost,127.0.0.1,::1",
     "$ .venv/bin/python clients/live.py",
     "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
     "$ xdg-open http://127.0.0.1:8000/live.html",
@@ -65,8 +69,8 @@ def alike(line: str) -> str:
 
 @pytest.fixture
 def copy(tmp_path, new_server, digits_pt):
-    """The repository as somebody cloned it, with ports that are free, and the environment of his shell."""
-    folder = tmp_path / "emformer-asr"
+    """The repository as somebody cloned it, with a space in its path, with ports that are free."""
+    folder = tmp_path / "emformer asr"
     left_out = (".git", ".venv", "build", "logs", "model_store", "*.pt", "data", "engines", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     shutil.copytree(ROOT / "models", folder / "models", dirs_exist_ok=True)  # its weights are a .pt
@@ -83,7 +87,14 @@ def copy(tmp_path, new_server, digits_pt):
     environment = os.environ | server.environment
     environment |= {"PATH": f"{shims}:{os.environ['PATH']}", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment.pop("JAVA_HOME", None)
-    return folder, dict(zip(("8080", "8081", "8082", "7070", "7071"), ports, strict=True)), environment, server
+    yield folder, dict(zip(("8080", "8081", "8082", "7070", "7071"), ports, strict=True)), environment, server
+    for process in psutil.process_iter():  # what the pages have started and not stopped
+        with contextlib.suppress(OSError, psutil.Error):
+            if serve.MODEL_SERVER in process.cmdline() and Path(process.cwd()).is_relative_to(tmp_path):
+                family = [process, *process.children(recursive=True)]
+                process.terminate()
+                for left in psutil.wait_procs(family, timeout=60)[1]:
+                    left.kill()
 
 
 def with_ports(text: str, ports: dict[str, str]) -> str:
