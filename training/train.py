@@ -80,12 +80,9 @@ OTHER_WORDS = 0.15  # share of the utterances in which other words are said betw
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
 MAX_SECONDS = 16.0
-# Added to blank's score where a word or mark may be written, taken from it everywhere else: in a search that keeps one
-# hypothesis, what is a little likelier than blank once is written, and a little less likely never.
-MARGIN = 1.0
 # Taken from blank's score when the weights are written. In training a word may be shared among the frames of its
 # window; a search that keeps one hypothesis has to find it likelier than blank in a single one.
-BLANK_PENALTY = 0.0
+BLANK_PENALTY = 1.0
 WARM_UP = 300  # steps over which the learning rate rises
 DECAY = 0.35  # share of the run, at its end, over which it falls
 SAVE_EVERY = 250  # steps
@@ -507,11 +504,10 @@ def transducer_loss(
     start = torch.full((len(targets), 1), BLANK, dtype=torch.int32, device=targets.device)
     predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
     logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
-    elsewhere = torch.nn.functional.pad(~allowed(spans, frames, logits.shape[1]), (0, 1), value=True)
-    margin = torch.where(elsewhere, -MARGIN, MARGIN)
-    logits = torch.cat([logits[..., :BLANK], logits[..., BLANK:] + margin.unsqueeze(3)], 3)
     log_probs = logits.float().log_softmax(3)
-    penalty = torch.zeros(log_probs.shape[:3], device=targets.device).masked_fill_(elsewhere, FORBIDDEN)
+    elsewhere = ~allowed(spans, frames, log_probs.shape[1])
+    penalty = torch.zeros(log_probs.shape[:3], device=targets.device)
+    penalty.masked_fill_(torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN)
     log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
     if targets.is_cuda:
         return rnnt_loss(log_probs, written, frames, written_lengths)

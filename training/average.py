@@ -1,0 +1,28 @@
+"""Write the weighted mean of weights that train.py wrote, of runs that began with the same ones.
+
+    python average.py --weights first.pt 0.5 second.pt 0.25 third.pt 0.25 --output ../models/digits/weights.pt
+
+Averaging what a high learning rate leaves in different places does what a longer fall of it would (Wortsman et al.,
+"Model soups", 2022).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="+", required=True, help="files, each with its share behind it")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    mean: dict[str, torch.Tensor] = {}
+    for path, share in zip(args.weights[::2], map(float, args.weights[1::2]), strict=True):
+        for name, value in torch.load(path, weights_only=True).items():
+            mean[name] = mean.get(name, 0.0) + share * value.float()
+    torch.save({name: value.half() for name, value in mean.items()}, args.output)
+
+
+if __name__ == "__main__":
+    main()
