@@ -331,7 +331,8 @@ def start(config_path: Path, model_store: Path, log_folder: Path, live: bool = F
             sys.exit(f"Another TorchServe runs in this folder (process {server.pid}): `make stop` ends it.")
         newest = max(path.stat().st_mtime for path in [*archives, config_path])
         same = str(config_path.resolve()) in command and all(model in command for model in models)
-        if server.create_time() > newest and same:
+        # The system tells when it was started in whole seconds, so the process may seem to be older by one.
+        if server.create_time() + 1.0 > newest and same:
             if recovers(config, names):  # if not, this server is not ours to stop
                 print(f"TorchServe is running already (process {server.pid}).")
                 return
