@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 import requests
-from conftest import SAMPLES, Server, needs_nginx, origin, transcripts
+from conftest import SAMPLES, needs_nginx, origin, transcripts
 from test_api import table
 
 THREE_DIGITS = SAMPLES / "three-digits.wav"
@@ -125,14 +125,6 @@ CLIENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def asked(digits_pt):
-    server = Server(digits_pt)
-    server.start()
-    yield server
-    server.remove()
-
-
 def there(client: str) -> bool:
     name = client.split(",")[0].lower()
     return name == "kserve v1" or bool(shutil.which(name) or importlib.util.find_spec(name))
@@ -140,10 +132,10 @@ def there(client: str) -> bool:
 
 @pytest.mark.parametrize("through", ["TorchServe", pytest.param("nginx", marks=needs_nginx)])
 @pytest.mark.parametrize("client", [row[0] for row in table("client", "how", "answer")])
-def test_every_client_is_answered(asked, tmp_path, client, through):
+def test_every_client_is_answered(server, tmp_path, client, through):
     if not there(client):
         pytest.skip(f"needs {client.split(',')[0]}")
-    url = asked.url if through == "TorchServe" else f"{origin(asked)}/predictions/emformer_asr"
+    url = server.url if through == "TorchServe" else f"{origin(server)}/predictions/emformer_asr"
     answers = CLIENTS[client](url, tmp_path)
     if "gzip" in client:
         assert all("NotAudio" in answer for answer in answers)
