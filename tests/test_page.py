@@ -126,7 +126,7 @@ def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speec
         chrome.execute_script("""
             const text = document.getElementById("text");
             window.seen = [];
-            new MutationObserver(() => { seen.push(text.textContent); }).observe(text, { childList: true });""")
+            new MutationObserver(() => { seen.push(text.textContent); }).observe(text, { childList: true, subtree: true });""")
         button = chrome.find_element(By.ID, "speak")
         button.click()
 
