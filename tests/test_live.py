@@ -323,6 +323,21 @@ def test_a_steady_noise_holds_nothing_open(live, told_apart, below):
     assert len([utterance for utterance in told if utterance["text"]]) == len(texts)
 
 
+def test_while_sound_as_loud_as_speech_goes_on_an_utterance_ends_later_but_ends(live):
+    speech = decode_audio((SAMPLES / "three-digits.wav").read_bytes())
+    time = torch.arange(16_000) / 16_000
+    tone = speech.square().mean().sqrt() * torch.sin(2 * torch.pi * 300 * time)
+    ends = []
+    for name, after in (("silence", torch.zeros(16_000)), ("tone", tone)):
+        pcm = pcm_of(torch.cat([torch.zeros(8000), speech, after, torch.zeros(32_000)]))
+        pieces = [pcm[i : i + 5120] for i in range(0, len(pcm), 5120)]
+        answers = [live.answer((headers(name, i, **{"x-endpoints": "true"}), piece)) for i, piece in enumerate(pieces)]
+        said = [i for i, [(_, answer)] in enumerate(answers) for each in answer["utterances"] if each["text"]]
+        ends.append(0.16 * said[0])
+        assert len(said) == 1
+    assert ends[0] + 0.3 < ends[1] < ends[0] + 1.3
+
+
 def test_an_hour_of_utterances_takes_no_more_memory_than_one(live, told_apart):
     _, _, pcm = told_apart
     kept, count = [], 0
