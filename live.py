@@ -2,22 +2,26 @@
 
 The handler of an archive of its own, which handler.py goes into as an extra file. Its model-config.yaml turns
 ``sequenceBatching`` on: TorchServe then brings all requests of a sequence to one worker, which keeps the sequence's
-state between them. A sequence is one utterance, sent in pieces, each
-a POST of raw 16-bit little-endian mono PCM with these request headers:
+state between them. A sequence is sent in pieces, each a POST of raw 16-bit little-endian mono PCM with these request
+headers, the last three with the first piece:
 
-    ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
+    ts_request_sequence_id   the client's name for the sequence, the same for all its pieces
     x-piece                  the piece's number, from 0
     x-last-piece             true with the last piece; one more, empty one says that its answer has come
-    x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
+    x-sample-rate            of all pieces, in Hz; 16000 if it is not there
+    x-endpoints              true, or the three ``RULES``: the sequence is divided into utterances where somebody pauses
+    x-words                  true: every answer has the words, not the last alone
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
-characters will not change any more), ``final`` and, with the last piece, ``words``. The final text is that of the whole
-sound in one request, token for token (at fp32), whatever the sizes of the pieces.
+characters will not change any more), ``final`` and, with the last piece, ``words`` and ``speech``. The final text is
+that of the whole sound in one request, token for token (at fp32), whatever the sizes of the pieces. With endpoints
+``text`` is that of the utterance that goes on, and ``utterances`` are those that have ended since the answer before.
 """
 
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import re
 import time
@@ -33,6 +37,7 @@ from ts.utils.util import PredictionException
 
 from handler import (
     DEFAULTS,
+    FRAME_SECONDS,
     HOP_SAMPLES,
     RIGHT_CONTEXT,
     SAMPLE_RATE,
@@ -61,9 +66,22 @@ REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
 WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
 SETTINGS = DEFAULTS | {"max_sequences": 50}  # of a worker, open at a time: the next is refused
+# Milliseconds after which an utterance ends, where a sequence asks for that: of silence before any word, of silence
+# after a word, and of speech without such a silence.
+RULES = {"endpoint_no_word_ms": 2400, "endpoint_silence_ms": 800, "endpoint_longest_ms": 20_000}
+SETTINGS |= RULES
+RULE_LIMITS = (200, 3_600_000)  # ms
+# The next utterance begins with so much of the silence, at most: a word may have begun that is not written yet.
+LEAD = 2 * SEGMENT_SAMPLES
+# Segments whose level tells whether somebody speaks on; dB a segment by which the levels of speech and noise follow; dB
+# between these levels at which one is told from the other.
+LOUD_SEGMENTS, FOLLOWING, APART = 2, 0.25, 10.0
 # A frame is made of the samples around its hop, as far as ``REACH`` to both sides, which ``MARGIN``, whole hops, holds.
 REACH = WINDOW_SAMPLES // 2
 MARGIN = -(-REACH // HOP_SAMPLES) * HOP_SAMPLES
+
+# Of a hypothesis: tokens without the leading blank, and of each its encoder frame and its log-probability.
+Heard = tuple[list[int], list[int], list[float]]
 
 
 # What a request brings
@@ -112,6 +130,30 @@ def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -
     return torch.cat([torch.empty(0), *(mono(frame, []) for frame in frames)])
 
 
+def rules_of(headers: dict[str, str], settings: dict) -> tuple[float, ...] | None:
+    """The seconds of the three ``RULES`` for a sequence; None if it is to be one utterance."""
+    asked = headers.get("x-endpoints", "false").lower()
+    if asked == "false":
+        return None
+    given = [settings[name] for name in RULES] if asked == "true" else asked.replace(" ", "").split(",")
+    if len(given) != len(RULES) or not all(NUMBER.fullmatch(str(each)) for each in given):
+        message = "The header x-endpoints must be true, false, or the three rules' milliseconds, like 2400,800,20000."
+        raise refusal(HTTPStatus.BAD_REQUEST, "BadEndpoints", message)
+    least, most = RULE_LIMITS
+    if asked != "true" and not all(least <= int(each) <= most for each in given):
+        message = f"In the header x-endpoints each time must be from {least} to {most} ms."
+        raise refusal(HTTPStatus.BAD_REQUEST, "BadEndpoints", message)
+    return tuple(int(each) / 1000 for each in given)
+
+
+def wants_words(headers: dict[str, str]) -> bool:
+    """Whether every answer of a sequence shall have the words, not the last alone."""
+    asked = headers.get("x-words", "false").lower()
+    if asked not in ("true", "false"):
+        raise refusal(HTTPStatus.BAD_REQUEST, "BadWords", "The header x-words must be true or false.")
+    return asked == "true"
+
+
 # From samples to text
 
 
@@ -155,25 +197,31 @@ def features_of(work: list[tuple], extractor: torch.nn.Module, nothing: torch.Te
     return features
 
 
+def settle(sequence: "LiveHandler.Sequence", processor: Callable) -> None:
+    """Take over what the stream has settled."""
+    blank = sequence.stream[3][0][0][0][:1]
+    settled, frames, log_probs = sequence.stream[4]
+    sequence.tokens += settled
+    sequence.frames += frames
+    sequence.log_probs += log_probs
+    sequence.text += processor(blank + settled, lstrip=False)
+
+
 def transcript(
     name: str,
     sequence: "LiveHandler.Sequence",
     number: int,
     last: bool,
-    processor: Callable,
-    word_delays: dict[str, float],
+    naming: tuple,
 ) -> dict:
-    """The answer to a piece."""
-    _, _, _, (hypotheses, frames, log_probs, _, _), (settled, settled_frames, settled_log_probs) = sequence.stream
+    """The answer to a piece; ``naming`` are the token processor and the delays that ``words_of`` takes."""
+    processor, _ = naming
+    _, _, _, (hypotheses, *_), _ = sequence.stream
     blank, best = hypotheses[0][0][:1], hypotheses[0][0][1:]
 
     def text(tokens: list[int]) -> str:
         return processor(blank + tokens, lstrip=False)
 
-    sequence.tokens += settled
-    sequence.frames += settled_frames
-    sequence.log_probs += settled_log_probs
-    sequence.text += text(settled)
     agreed = 0  # more tokens that all hypotheses share: every later one begins with them, too
     for ranked in zip(*(hypothesis[0][1:] for hypothesis in hypotheses), strict=False):
         if len(set(ranked)) > 1:
@@ -182,15 +230,124 @@ def transcript(
     transcript = (sequence.text + text(best)).lstrip()
     stable = len(transcript) if last else len((sequence.text + text(best[:agreed])).lstrip())
     answer = {"sequence": name, "piece": number, "text": transcript, "stable": stable, "final": last, "words": []}
-    if last:
-        duration = sequence.heard / SAMPLE_RATE
-        emitted = (sequence.frames + frames[0], sequence.log_probs + log_probs[0])
-        words = words_of((blank + sequence.tokens + best, hypotheses[0][3], *emitted), duration, processor, word_delays)
-        names = ("word", "start", "end", "probability")
-        answer["words"] = [{key: word[key] for key in names} for word in words]
-        sequence.stream = sequence.resampler = None  # nothing but the answer is kept
-        sequence.samples, sequence.tokens, sequence.frames, sequence.log_probs = torch.empty(0), [], [], []
+    if last or sequence.with_words:
+        answer["words"] = words = heard_words(sequence, heard_tokens(sequence), naming)
+        answer["speech"] = surest(words)
+        if last and sequence.rules:
+            if words:
+                end_utterance(sequence, heard_tokens(sequence), "end", naming)
+            answer |= {"text": "", "stable": 0, "words": [], "speech": 0.0}
+    if sequence.rules:
+        answer["utterances"], sequence.utterances = sequence.utterances, []
+    if last:  # nothing but the answer is kept
+        sequence.stream = sequence.resampler = None
+        sequence.samples = sequence.recent = torch.empty(0)
+        sequence.tokens, sequence.frames, sequence.log_probs = [], [], []
     return answer
+
+
+def heard_tokens(sequence: "LiveHandler.Sequence") -> Heard:
+    """The best hypothesis of the utterance so far: tokens, their frames and log-probabilities."""
+    _, _, _, (hypotheses, frames, log_probs, _, _), _ = sequence.stream
+    best = hypotheses[0][0][1:]
+    return sequence.tokens + best, sequence.frames + frames[0], sequence.log_probs + log_probs[0]
+
+
+def heard_words(sequence: "LiveHandler.Sequence", heard: Heard, naming: tuple) -> list[dict]:
+    """The words of tokens, their times counted from the beginning of the sequence."""
+    hypotheses, (tokens, *emitted) = sequence.stream[3][0], heard
+    hypothesis = (hypotheses[0][0][:1] + tokens, hypotheses[0][3], *emitted)
+    begun, words = sequence.begun / SAMPLE_RATE, []
+    for word in words_of(hypothesis, sequence.heard / SAMPLE_RATE, *naming):
+        times = {name: round(begun + word[name], 3) for name in ("start", "end")}
+        words.append({"word": word["word"], **times, "probability": word["probability"]})
+    return words
+
+
+def surest(words: list[dict]) -> float:
+    """How sure it is that somebody spoke: as sure as of the surest word."""
+    return max((word["probability"] for word in words), default=0.0)
+
+
+# Where an utterance ends
+
+
+def end_utterance(sequence: "LiveHandler.Sequence", heard: Heard, reason: str, naming: tuple) -> None:
+    """Put what was heard into the answer as an utterance that will not change any more."""
+    words, (processor, _) = heard_words(sequence, heard, naming), naming
+    blank = sequence.stream[3][0][0][0][:1]
+    start = (sequence.begun + sequence.cut) / SAMPLE_RATE
+    end = (sequence.begun + sequence.heard) / SAMPLE_RATE
+    if words:
+        start, end = words[0]["start"], words[-1]["end"]
+    utterance = {"text": processor(blank + heard[0]), "start": round(start, 3), "end": round(end, 3)}
+    utterance |= {"words": words, "speech": surest(words), "reason": reason}
+    sequence.utterances.append(utterance)
+
+
+def step_of(sequence: "LiveHandler.Sequence") -> int:
+    """Samples that complete one more segment at most: after each it is asked whether the utterance has ended."""
+    segment = SEGMENT_SAMPLES // HOP_SAMPLES  # feature frames
+    return (2 * segment + RIGHT_CONTEXT - 2 - len(sequence.stream[0])) * HOP_SAMPLES
+
+
+def still_loud(sequence: "LiveHandler.Sequence", segment: torch.Tensor) -> bool:
+    """Whether sound as loud as speech goes on, after one segment (samples,) more.
+
+    The levels of speech and noise are the loudest and the quietest that was heard of late: a steady noise, however
+    loud, is not speech.
+    """
+    level = 10 * math.log10(max(float(segment.square().mean()), 1e-9))
+    sequence.levels = [*sequence.levels, level][-LOUD_SEGMENTS:]
+    sequence.speech_level = speech = max(level, sequence.speech_level - FOLLOWING)
+    sequence.noise_level = noise = min(level, sequence.noise_level + FOLLOWING)
+    return speech - noise > APART and max(sequence.levels) > max((speech + noise) / 2, speech - 2 * APART)
+
+
+def begins_of_last_word(tokens: list[int], processor: Callable) -> int:
+    """The place in ``tokens`` of the first one of the last word, or of the mark before it."""
+    marks, place = processor.post_process_remove_list, len(tokens)
+    while place > 0:
+        place -= 1
+        if tokens[place] in marks or processor.sp_model.id_to_piece(tokens[place]).startswith("▁"):
+            break
+    while place > 0 and tokens[place - 1] in marks:
+        place -= 1
+    return place
+
+
+def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None:
+    """Look for the end of the utterance after the engine has decoded one more segment.
+
+    After a pause the next utterance begins anew, with the last of the silence. One that is too long is cut before its
+    last word, and the stream goes on as it was.
+
+    Returns:
+        Tensor or None: after a pause, the samples (n,) that were heard already and that the next utterance begins with.
+    """
+    processor, word_delays = naming
+    decoded = sequence.stream[1] * SEGMENT_SAMPLES  # samples of this stream
+    after = len(sequence.recent) - (sequence.heard - decoded)  # where they end in ``recent``
+    loud = still_loud(sequence, sequence.recent[after - SEGMENT_SAMPLES : after])
+    sequence.recent = sequence.recent[max(after - LEAD, 0) :].clone()
+    heard = heard_tokens(sequence)
+    spoken = (heard[1][-1] + 1) * FRAME_SECONDS - word_delays["end"] if heard[1] else sequence.cut / SAMPLE_RATE
+    no_word, pause, longest = sequence.rules
+    silence = decoded / SAMPLE_RATE - spoken
+    if silence >= (pause if heard[0] else no_word) * (2 if loud else 1):
+        end_utterance(sequence, heard, "silence", naming)
+        begin = decoded - min(LEAD, int(silence / 2 * SAMPLE_RATE))
+        return sequence.recent[len(sequence.recent) - (sequence.heard - begin) :]
+    if (decoded - sequence.cut) / SAMPLE_RATE >= longest:
+        place = begins_of_last_word(sequence.tokens, processor)
+        if place > 0:
+            settled = (sequence.tokens, sequence.frames, sequence.log_probs)
+            end_utterance(sequence, tuple(each[:place] for each in settled), "length", naming)
+            for each in settled:
+                del each[:place]
+            blank = sequence.stream[3][0][0][0][:1]
+            sequence.text, sequence.cut = processor(blank + sequence.tokens, lstrip=False), decoded
+    return None
 
 
 # The server's side
@@ -219,6 +376,13 @@ class LiveHandler(ModelHandler):
             heard (int): samples so far, at the model's rate.
             tokens, frames, log_probs (list): what has settled, see ``Decoder.advance``.
             text (str): of these tokens, with a leading space.
+            rules (tuple or None): seconds of ``RULES``, where it is told apart into utterances.
+            with_words (bool): whether every answer has the words.
+            begun (int): the sample of the sequence from which ``heard`` and ``frames`` count: where the stream began.
+            cut (int): the sample of the stream at which an utterance was too long and the next has begun.
+            recent (Tensor): (samples,), the latest ones, where the next utterance may begin.
+            utterances (list): that have ended since the last answer.
+            levels, speech_level, noise_level: dB, see ``still_loud``.
             piece (int): the last piece's number.
             answer (dict): to that piece.
             used (float): time of the last request, in seconds.
@@ -233,6 +397,15 @@ class LiveHandler(ModelHandler):
         frames: list[int] = dataclasses.field(default_factory=list)
         log_probs: list[float] = dataclasses.field(default_factory=list)
         text: str = ""
+        rules: tuple[float, ...] | None = None
+        with_words: bool = False
+        begun: int = 0
+        cut: int = 0
+        recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+        utterances: list[dict] = dataclasses.field(default_factory=list)
+        levels: list[float] = dataclasses.field(default_factory=list)
+        speech_level: float = -math.inf
+        noise_level: float = math.inf
         piece: int = -1
         answer: dict = dataclasses.field(default_factory=dict)
         used: float = 0.0
@@ -257,6 +430,7 @@ class LiveHandler(ModelHandler):
         if not hasattr(self.model, "advance"):
             raise ValueError("The model file does not stream: write it anew with export_model.py.")
         self.nothing = torch.empty(0, self.model.encoder.input_dim)
+        self.naming = (self.tokens_to_text, self.word_delays)
         generator = torch.Generator().manual_seed(0)
         for count in WARM_UP_STREAMS:
             sequences = [self.Sequence(self.model.begin(), SAMPLE_RATE, None) for _ in range(count)]
@@ -306,13 +480,13 @@ class LiveHandler(ModelHandler):
                     pieces[index] = (name, *piece)
             work = [(self.sequences[name], new, last) for name, new, last, _ in pieces.values()]
             seconds += sum(len(new) for _, new, _ in work) / SAMPLE_RATE
-            failures = self._advance(work, spent)
+            failures = self._hear(work, spent)
             for (index, (name, _, last, number)), error in zip(pieces.items(), failures, strict=True):
                 try:
                     if error:
                         raise error
                     sequence = self.sequences[name]
-                    sequence.answer = transcript(name, sequence, number, last, self.tokens_to_text, self.word_delays)
+                    sequence.answer = transcript(name, sequence, number, last, self.naming)
                     sequence.piece, sequence.used = number, time.monotonic()
                     answers[index] = self._answer(index, context, name)
                 except Exception as error:
@@ -361,7 +535,7 @@ class LiveHandler(ModelHandler):
         if sequence is None:
             sequence = self._opened(headers)
         longest, seconds = self.settings["max_audio_seconds"], len(pcm) / sequence.rate
-        if seconds > MAX_PIECE_SECONDS or sequence.heard / SAMPLE_RATE + seconds > longest:
+        if seconds > MAX_PIECE_SECONDS or (sequence.begun + sequence.heard) / SAMPLE_RATE + seconds > longest:
             message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
             raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
         new = waveform_of(sequence, pcm, last)
@@ -378,7 +552,53 @@ class LiveHandler(ModelHandler):
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
             raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        return self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+        sequence = self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+        sequence.rules = rules_of(headers, self.settings)
+        sequence.with_words = wants_words(headers)
+        return sequence
+
+    def _hear(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
+        """Let sequences hear their new samples; what went wrong with each.
+
+        Those that are told apart into utterances get them step by step: where one ends does not depend on the pieces.
+        """
+        failures: list[Exception | None] = [None] * len(work)
+        left = {place: new for place, (_, new, _) in enumerate(work)}
+        while left:
+            steps = []
+            for place, new in left.items():
+                sequence, _, last = work[place]
+                size = step_of(sequence) if sequence.rules else len(new)
+                left[place] = new[size:]
+                steps.append((place, (sequence, new[:size], last and len(new) <= size)))
+            segments = [sequence.stream[1] for _, (sequence, _, _) in steps]
+            for (place, step), before, error in zip(
+                steps, segments, self._advance([s for _, s in steps], spent), strict=True
+            ):
+                sequence, new, last = step
+                try:
+                    if error:
+                        raise error
+                    settle(sequence, self.tokens_to_text)
+                    if sequence.rules and not last:
+                        sequence.recent = torch.cat([sequence.recent, new])
+                        again = seam(sequence, self.naming) if sequence.stream[1] > before else None
+                        if again is not None:
+                            self._begin(sequence, again)
+                            left[place] = torch.cat([again, left[place]])
+                    if last or not len(left[place]):
+                        del left[place]
+                except Exception as error:
+                    failures[place] = error
+                    del left[place]
+        return failures
+
+    def _begin(self, sequence: Sequence, again: torch.Tensor) -> None:
+        """Begin with the next utterance of a sequence, which will hear these samples (n,) again."""
+        sequence.begun += sequence.heard - len(again)
+        sequence.stream, sequence.heard, sequence.cut, sequence.text = self.model.begin(), 0, 0, ""
+        sequence.samples = sequence.recent = torch.empty(0)
+        sequence.tokens, sequence.frames, sequence.log_probs = [], [], []
 
     def _advance(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
         """Let sequences hear their new samples, all in one call of the engine; what went wrong with each."""

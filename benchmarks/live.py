@@ -1,7 +1,7 @@
 """How many people may speak at a time, how fast is an answer, and when does a word appear?
 
     pip install -r requirements-dev.txt
-    python benchmarks/live.py                  # everything, about fifteen minutes
+    python benchmarks/live.py                  # everything, about half an hour
     python benchmarks/live.py handler delay    # some of it
 
 - handler: a batch of 160 ms pieces, one of each of N speakers, through the handler in this process, on one thread.
@@ -11,12 +11,20 @@
 - memory: what the handler keeps of a sequence after half a minute, as tensors.
 - delay: one speaker of digits; from the end of a word in the sound (where the model itself hears it end, corrected as
   in the answers) to the arrival of the first answer with that word in its text.
+- endpoints: strings of the held-out clips without noise, trimmed to where they are louder than 35 dB below their peak,
+  with pauses between them and white noise over all, in pieces of 160 ms: which pauses ended an utterance, how many ends
+  were elsewhere, and how much sound had come after a word until the answer with its final text, beside the time that
+  the answer takes.
+- partials: the same clips alone, and strings of speakers set aside in the folder REAL_SPEECH if there is one, in pieces
+  of 160 ms: the share of shown words that changed later, and how much sound had come after a word's end until it was
+  stable.
 
 The 76.7M-parameter network has random weights, its blank bias set so that about six tokens a second come out.
 """
 
 import argparse
 import asyncio
+import csv
 import json
 import os
 import random
@@ -33,11 +41,13 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 import torch
+from torchaudio.functional import edit_distance
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import SAMPLES, Server, transcripts  # noqa: E402
 from test_live import LiveWorker, headers, pcm_of  # noqa: E402
+from test_quality import HELD_OUT, recordings_of_speakers_set_aside  # noqa: E402
 
 from benchmarks import engine  # noqa: E402
 from benchmarks.serve import MODELS, build  # noqa: E402
@@ -50,6 +60,10 @@ SPEAKERS = {"digits": (1, 10, 25, 50, 75, 100, 150), "76.7M": (1, 2, 4, 6, 8, 12
 BATCHES = {"digits": (1, 10, 25, 50), "76.7M": (1, 2, 4, 8)}
 LIMIT = 160.0  # milliseconds: with 95% of the answers after that, a core does not keep up
 RATE = engine.SAMPLE_RATE
+PAUSES = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # seconds between the clips of a string
+NOISES = (40, 20, 10)  # dB below speech
+SILENCES = (None, 600, 800, 1000)  # milliseconds of the rule for silence after a word
+STRINGS = 4  # of each kind
 
 
 def p95(times: list[float]) -> float:
@@ -215,6 +229,104 @@ def word_delays(name: str, model: Path, pcm: bytes) -> None:
             )
 
 
+def trimmed(clip: torch.Tensor) -> torch.Tensor:
+    """From the first to the last 10 ms that are louder than 35 dB below the loudest."""
+    hop = RATE // 100
+    power = clip.unfold(0, hop, hop).square().mean(1)
+    loud = (power > power.max() * 10**-3.5).nonzero().flatten().tolist()
+    return clip[loud[0] * hop : (loud[-1] + 1) * hop]
+
+
+def clips() -> list[tuple[str, torch.Tensor]]:
+    """Text and sound (samples,) of the held-out clips without noise, equally loud."""
+    with (HELD_OUT / "transcripts.tsv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if "clean" in row["file"]]
+    sounds = [trimmed(decode_audio((HELD_OUT / row["file"]).read_bytes())) for row in rows]
+    return [(row["text"], 0.05 * each / each.square().mean().sqrt()) for row, each in zip(rows, sounds, strict=True)]
+
+
+def string(seed: int, noise: int) -> tuple[torch.Tensor, list[str], list[tuple[float, float]]]:
+    """Sound (samples,) of clips with three pauses of each length, texts, and second and length of each pause."""
+    rng, generator, all_clips = random.Random(seed), torch.Generator().manual_seed(seed), clips()
+    lengths = rng.sample(3 * PAUSES, 3 * len(PAUSES))
+    parts, texts, pauses = [], [], []
+    for length in [*lengths, 1.0]:
+        text, sound = rng.choice(all_clips)
+        texts.append(text)
+        parts += [sound, torch.zeros(round(length * RATE))]
+        pauses.append((sum(map(len, parts)) / RATE - length, length))
+    whole = torch.cat(parts)
+    return whole + 0.05 * 10 ** (-noise / 20) * torch.randn(len(whole), generator=generator), texts, pauses[:-1]
+
+
+def answers_to(worker: LiveWorker, sounds: list[torch.Tensor], **choices: str) -> list[list[tuple[float, dict]]]:
+    """Of each sound, all in one batch: how many seconds of it had been sent, and the answer, for each piece."""
+    told, names = [[] for _ in sounds], [uuid.uuid4().hex for _ in sounds]
+    pieces = [cut(pcm_of(sound)) for sound in sounds]
+    for number in range(max(map(len, pieces))):
+        here = [place for place, own in enumerate(pieces) if number < len(own)]
+        batch = []
+        for place in here:
+            head = headers(names[place], number, number == len(pieces[place]) - 1, **choices)
+            batch.append((head, pieces[place][number]))
+        for place, (status, answer) in zip(here, worker.answer(*batch), strict=True):
+            assert status == 200, answer
+            told[place].append((min((number + 1) * PIECE, len(sounds[place]) / RATE), answer))
+    return told
+
+
+def endpoints(name: str, model: Path, _: bytes) -> None:
+    worker = LiveWorker(model)
+    for silence in SILENCES:
+        choices = {"x-endpoints": f"2400,{silence},20000"} if silence else {}
+        for noise in NOISES:
+            strings = [string(seed, noise) for seed in range(STRINGS)]
+            ended, elsewhere, delays, wrong, words = dict.fromkeys(PAUSES, 0), 0, [], 0, 0
+            told = answers_to(worker, [sound for sound, *_ in strings], **choices)
+            for (sound, texts, pauses), answers in zip(strings, told, strict=True):
+                utterances = [(at, each) for at, answer in answers for each in answer.get("utterances", [answer])]
+                heard = [each["text"] for _, each in utterances if "reason" in each or each["final"]]
+                said = " ".join(texts).split()
+                wrong, words = wrong + edit_distance(said, " ".join(heard).split()), words + len(said)
+                for at, utterance in utterances:
+                    # Longer than a segment and its right context take, nothing that was heard is older.
+                    where = [(begin, length) for begin, length in pauses if begin <= at <= begin + length + 0.2]
+                    if utterance.get("reason") != "silence" or not utterance["text"] or at > len(sound) / RATE - 1:
+                        continue
+                    elsewhere += not where
+                    for begin, length in where:
+                        ended[length] += 1
+                        delays.append(at - begin)
+            row = [name, f"{silence} ms" if silence else "no endpoints", f"{noise} dB"]
+            row += [f"{100 * count / 3 / STRINGS:.0f}%" if silence else "" for count in ended.values()]
+            row += [elsewhere if silence else "", f"{statistics.median(delays):.2f} s" if delays else ""]
+            row += [f"{p95(delays):.2f} s" if delays else "", f"{100 * wrong / words:.1f}%"]
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
+def partials(name: str, model: Path, _: bytes) -> None:
+    real = [decode_audio(path.read_bytes()) for _, path in recordings_of_speakers_set_aside("string")]
+    for source, sounds in (("synthesised", [sound for _, sound in clips()]), ("real", real[:100])):
+        sounds = [torch.cat([sound, torch.zeros(RATE // 2)]) for sound in sounds]
+        for beam_width in (1, 4, 10) if sounds else ():
+            shown = changed = 0
+            delays = []
+            for answers in answers_to(LiveWorker(model, beam_width=beam_width), sounds):
+                _, last = answers[-1]
+                texts, before = [answer["text"].split() for _, answer in answers], []
+                for place, text in enumerate(texts):
+                    new = [k for k, word in enumerate(text) if before[k : k + 1] != [word]]
+                    shown += len(new)
+                    changed += sum(any(later[k : k + 1] != [text[k]] for later in texts[place:]) for k in new)
+                    before = text
+                for k, word in enumerate(last["words"]):
+                    size = len(" ".join(last["text"].split()[: k + 1]))
+                    delays.append(next(at for at, answer in answers if answer["stable"] >= size) - word["end"])
+            row = [name, source, beam_width, shown, f"{100 * changed / shown:.1f}%"]
+            row += [f"{1000 * statistics.median(delays):.0f} ms", f"{1000 * p95(delays):.0f} ms"]
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
 TABLES = {
     "handler": (in_the_handler, "| | speakers in a batch | median | p95 | a speaker |\n|---|---|---|---|---|"),
     "memory": (memory, "| | of a sequence | tokens |\n|---|---|---|"),
@@ -223,7 +335,17 @@ TABLES = {
         "| | speakers | median | p95 | worker's cores | Java's | load generator's |\n|---|---|---|---|---|---|---|",
     ),
     "delay": (word_delays, "| | pieces of | words | median | p95 |\n|---|---|---|---|---|"),
+    "endpoints": (
+        endpoints,
+        f"| | silence | noise below speech | {' | '.join(f'{pause} s' for pause in PAUSES)} | elsewhere | median | p95 "
+        f"| wrong words |\n{'|---' * (7 + len(PAUSES))}|",
+    ),
+    "partials": (
+        partials,
+        "| | strings | beam | words shown | changed | median | p95 |\n|---|---|---|---|---|---|---|",
+    ),
 }
+DIGITS_ONLY = ("delay", "endpoints", "partials")  # what asks for words that mean something
 
 
 def main() -> None:
@@ -243,7 +365,7 @@ def main() -> None:
             measure, head = TABLES[table]
             print(f"\n{table}\n\n{head}", flush=True)
             for name, model in models.items():
-                if table != "delay" or name.startswith("digits"):
+                if table not in DIGITS_ONLY or name.startswith("digits"):
                     measure(name, model, sounds[name.split("-")[0]])
 
 

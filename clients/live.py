@@ -1,9 +1,14 @@
 """Speak to the server and watch the text grow, or let it hear a file at the speed of speech.
 
-    python clients/live.py speech.wav    # 16-bit mono PCM
-    python clients/live.py               # the microphone, until Ctrl-C; needs the package sounddevice
+    python clients/live.py speech.wav                # 16-bit mono PCM
+    python clients/live.py                           # the microphone, until Ctrl-C; needs the package sounddevice
+    python clients/live.py --endpoints speech.wav    # a line an utterance, as soon as its speaker has paused
 
-What may still change is in grey.
+What may still change is in grey. In a program, with chunks of 16-bit mono PCM from anywhere:
+
+    from live import transcribe
+    for text in transcribe(chunks):
+        print(text)
 """
 
 import argparse
@@ -15,13 +20,104 @@ import sys
 import time
 import uuid
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
 import requests
 
+SERVER = "http://127.0.0.1:8080"
 PIECE = 0.16  # seconds
+LONGEST = 20  # seconds in a request; the server takes 30
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
+
+
+class LiveError(Exception):
+    """No text will come any more; the message is a sentence that says why."""
+
+
+class Speech:
+    """A sequence of pieces of sound, each of which the server answers.
+
+    Args:
+        rate: Hz, of the sound.
+        server: where TorchServe is, without a path.
+        token: TorchServe's for inference, where it asks for one.
+        endpoints: whether the server tells utterances apart; or the rules' milliseconds, like ``2400,800,20000``.
+        words: whether every answer has the words with their times, not the last alone.
+    """
+
+    def __init__(
+        self,
+        rate: int = 16_000,
+        server: str = SERVER,
+        token: str | None = None,
+        endpoints: bool | str = False,
+        words: bool = False,
+    ) -> None:
+        self.url, self.session, self.piece = f"{server}/predictions/emformer_asr_live", requests.Session(), 0
+        host = urlsplit(server).hostname or ""
+        self.session.trust_env = host not in ("localhost", "::1") and not host.startswith("127.")  # no proxy to here
+        self.headers = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
+        self.headers |= {"x-sample-rate": str(rate), "x-endpoints": str(endpoints), "x-words": str(words)}
+        self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+
+    def send(self, pcm: bytes, last: bool = False) -> dict:
+        """The answer to the next piece, as docs/live.md has it.
+
+        The piece is sent again if the connection breaks: it does not count twice. After a time-out its worker has died.
+
+        Args:
+            pcm: 16-bit little-endian mono samples, up to 30 s.
+            last: whether no other will come.
+
+        Raises:
+            LiveError: the server refuses the piece, or does not answer.
+        """
+        headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
+        for pause in (0.2, 0.5, 1.0, None):
+            try:
+                response = self.session.post(self.url, pcm, headers=headers, timeout=10)
+                if response.ok:
+                    self.piece += 1
+                    return response.json()
+                message = response.json()["message"] if response.content else response.reason
+                raise LiveError(f"The server says {response.status_code}: {message}")
+            except requests.RequestException as error:
+                if pause is None or not isinstance(error, requests.ConnectionError):
+                    break
+                time.sleep(pause)
+        raise LiveError(f"No server answers at {self.url}: start it with make run-live.")
+
+    def close(self) -> None:
+        """Say that the answer to the last piece is here and need not be kept."""
+        with contextlib.suppress(requests.RequestException):
+            self.session.post(self.url, b"", headers=self.headers | {"x-piece": str(self.piece)}, timeout=1)
+
+
+def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER, **options) -> Iterator[str]:
+    """The text of each utterance, as soon as its speaker has paused.
+
+    Args:
+        chunks: 16-bit little-endian mono samples, of any length, as they are recorded.
+        rate: Hz, of the sound.
+        server: where TorchServe is, without a path.
+        options: ``token`` and ``endpoints``, as for ``Speech``.
+
+    Raises:
+        LiveError: as ``Speech.send``.
+    """
+    speech, longest = Speech(rate, server, **({"endpoints": True} | options)), 2 * rate * LONGEST
+    for chunk in chunks:
+        for begin in range(0, len(chunk), longest):
+            yield from texts(speech.send(chunk[begin : begin + longest]))
+    yield from texts(speech.send(b"", last=True))
+    speech.close()
+
+
+def texts(answer: dict) -> list[str]:
+    """What an answer has of text that will not change any more and that none has had before."""
+    ended = answer.get("utterances", [answer] if answer["final"] else [])
+    return [utterance["text"] for utterance in ended if utterance["text"]]
 
 
 def file_pieces(path: str) -> Iterator[tuple[int, bytes]]:
@@ -56,47 +152,43 @@ def microphone_pieces(rate: int = 16_000) -> Iterator[tuple[int, bytes]]:
             yield rate, piece
 
 
-def send(session: requests.Session, url: str, headers: dict[str, str], pcm: bytes) -> dict:
-    """One piece; sent again if the connection breaks: it does not count twice. After a time-out its worker has died."""
-    for pause in (0.2, 0.5, 1.0, None):
-        try:
-            response = session.post(url, pcm, headers=headers, timeout=10)
-            if response.ok:
-                return response.json()
-            message = response.json()["message"] if response.content else response.reason
-            sys.exit(f"\nThe server says {response.status_code}: {message}")
-        except requests.RequestException as error:
-            if pause is None or not isinstance(error, requests.ConnectionError):
-                break
-            time.sleep(pause)
-    sys.exit(f"\nNo server answers at {url}: start it with make run-live.")
+def show(answer: dict, endpoints: bool) -> None:
+    """Let the line of the terminal grow; what has ended is a line of its own on the standard output."""
+    terminal = sys.stderr if endpoints else sys.stdout
+    erase = ERASE if terminal.isatty() else ""
+    for text in texts(answer) if endpoints else []:
+        print(erase, end="", file=terminal, flush=True)
+        print(text, flush=True)
+    if answer["final"]:
+        print(erase if endpoints else f"{erase}{answer['text']}\n", end="", file=terminal, flush=True)
+    elif erase:
+        text, stable = answer["text"], answer["stable"]
+        first = max(len(text) - shutil.get_terminal_size().columns + 1, 0)  # what a line holds of it
+        line = f"{text[first:stable]}{GREY}{text[max(first, stable) :]}{PLAIN}"
+        print(f"{erase}{line}", end="", file=terminal, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="a WAV file, 16-bit mono PCM; without it the microphone")
-    parser.add_argument("--server", default="http://127.0.0.1:8080")
+    parser.add_argument("--server", default=SERVER)
     parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
+    parser.add_argument("--endpoints", action="store_true", help="a line of text for each utterance")
     args = parser.parse_args()
-    url, session, number, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1, []
-    host = urlsplit(args.server).hostname or ""
-    session.trust_env = host not in ("localhost", "::1") and not host.startswith("127.")  # no proxy to this machine
-    common = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
-    common |= {"Authorization": f"Bearer {args.token}"} if args.token else {}
+    speech, stopped = None, []
     # Ctrl-C ends the sound, and a second one the program.
     signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    for number, (rate, pcm) in enumerate(file_pieces(args.file) if args.file else microphone_pieces()):
-        answer = send(session, url, common | {"x-piece": str(number), "x-sample-rate": str(rate)}, pcm)
-        if sys.stdout.isatty():
-            text, stable = answer["text"], answer["stable"]
-            first = max(len(text) - shutil.get_terminal_size().columns + 1, 0)  # what a line holds of it
-            print(f"{ERASE}{text[first:stable]}{GREY}{text[max(first, stable) :]}{PLAIN}", end="", flush=True)
-        if stopped:
-            break
-    answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")
-    print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}", flush=True)
-    with contextlib.suppress(requests.RequestException):  # says that the answer is here and need not be kept
-        session.post(url, b"", headers=common | {"x-piece": str(number + 2)}, timeout=1)
+    try:
+        for rate, pcm in file_pieces(args.file) if args.file else microphone_pieces():
+            speech = speech or Speech(rate, args.server, args.token, args.endpoints)
+            show(speech.send(pcm), args.endpoints)
+            if stopped:
+                break
+        speech = speech or Speech(16_000, args.server, args.token, args.endpoints)
+        show(speech.send(b"", last=True), args.endpoints)
+        speech.close()
+    except LiveError as error:
+        sys.exit(f"\n{error}")
 
 
 if __name__ == "__main__":

@@ -243,6 +243,129 @@ def test_the_large_model_gives_the_whole_s_tokens_from_any_pieces(tmp_path, work
     assert words > 20
 
 
+# Utterances
+
+
+PAUSE = 1.5  # seconds
+
+
+@pytest.fixture(scope="module")
+def told_apart() -> tuple[list[str], list[float], bytes]:
+    """Texts, the seconds at which each begins, and the PCM of some samples in a room, with pauses between them."""
+    generator, texts, begins, parts = torch.Generator().manual_seed(1), [], [], []
+    for name in ("three-digits.wav", "pin.webm", "room-number.ogg", "zero-to-nine.mp3"):
+        texts.append(transcripts("digits")[name])
+        begins.append(sum(map(len, parts)) / 16_000)
+        parts += [decode_audio((SAMPLES / name).read_bytes()), torch.zeros(int(PAUSE * 16_000))]
+    sound = torch.cat(parts)
+    return texts, begins, pcm_of(sound + 0.0005 * torch.randn(len(sound), generator=generator))
+
+
+def utterances(worker: LiveWorker, name: str, pieces: list[bytes], rules: str = "true") -> list[dict]:
+    """All that the answers tell; each piece is sent twice, and answered so."""
+    told = []
+    for number, pcm in enumerate(pieces):
+        sent = (headers(name, number, number == len(pieces) - 1, **{"x-endpoints": rules}), pcm)
+        [(status, answer)], again = worker.answer(sent), worker.answer(sent)
+        assert status == 200 and again == [(status, answer)]
+        told += answer["utterances"]
+    assert answer["final"] and answer["text"] == ""
+    return told
+
+
+@pytest.mark.parametrize("beam_width", [1, 4])
+def test_an_utterance_ends_where_somebody_pauses_whatever_the_pieces(at_width, told_apart, beam_width):
+    (live, _), (texts, begins, pcm) = at_width(beam_width), told_apart
+    ways = [cut(pcm, random.Random(1)), [pcm], [pcm[i : i + 5120] for i in range(0, len(pcm), 5120)]]
+    first, *others = (utterances(live, f"apart-{beam_width}-{i}", pieces) for i, pieces in enumerate(ways))
+    assert [utterance["text"] for utterance in first] == texts
+    assert [utterance["reason"] for utterance in first] == ["silence"] * len(texts)
+    for utterance, begin, after in zip(first, begins, [*begins[1:], len(pcm) / 32_000], strict=True):
+        words = utterance["words"]
+        assert begin - 0.2 < utterance["start"] == words[0]["start"]
+        assert words[-1]["end"] == utterance["end"] < after - PAUSE + 0.2
+        assert " ".join(word["word"] for word in words) == utterance["text"]
+        assert utterance["speech"] == max(word["probability"] for word in words) > 0.6
+    for other in others:
+        for one, same in zip(first, other, strict=True):
+            assert [one[name] for name in ("text", "start", "end")] == [same[name] for name in ("text", "start", "end")]
+
+
+def test_a_pause_that_is_shorter_than_asked_for_ends_nothing(live, told_apart):
+    texts, _, pcm = told_apart
+    told = utterances(live, "shorter", cut(pcm, random.Random(2)), "5000,3000,60000")
+    assert [utterance["text"] for utterance in told] == [" ".join(texts)]
+
+
+def test_an_utterance_that_is_too_long_is_cut_between_words_and_none_is_lost(live, worker, strings):
+    pcm = b"".join(strings[:6])
+    told = utterances(live, "too-long", cut(pcm, random.Random(3)), "3600000,3600000,3000")
+    assert {utterance["reason"] for utterance in told[:-1]} == {"length"} and len(told) > 5
+    words = [word for utterance in told for word in utterance["words"]]
+    whole = say(live, "too-long-whole", cut(pcm, random.Random(4)))["words"]
+    assert [[word["word"], word["start"]] for word in words] == [[word["word"], word["start"]] for word in whole]
+    assert all(one["end"] - one["start"] < 4 for one in told[:-1])
+
+
+def test_where_nobody_speaks_the_utterance_is_empty(live):
+    told = utterances(live, "nobody", [bytes(5120)] * 40, "1000,800,20000")
+    assert len(told) >= 5 and {(one["text"], one["speech"], one["reason"]) for one in told} == {("", 0.0, "silence")}
+
+
+@pytest.mark.parametrize("below", [40, 10], ids=lambda below: f"{below} dB below speech")
+def test_a_steady_noise_holds_nothing_open(live, told_apart, below):
+    texts, _, pcm = told_apart
+    sound = torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768
+    loud = sound.unfold(0, 1600, 1600).square().mean(1)
+    level = loud[loud > 0.01 * loud.max()].mean().sqrt()  # of speech
+    noise = torch.randn(len(sound), generator=torch.Generator().manual_seed(2)) * level * 10 ** (-below / 20)
+    told = utterances(live, f"noise-{below}", [pcm_of(sound + noise)])
+    assert len([utterance for utterance in told if utterance["text"]]) == len(texts)
+
+
+def test_while_sound_as_loud_as_speech_goes_on_an_utterance_ends_later_but_ends(live):
+    speech = decode_audio((SAMPLES / "three-digits.wav").read_bytes())
+    time = torch.arange(16_000) / 16_000
+    tone = speech.square().mean().sqrt() * torch.sin(2 * torch.pi * 300 * time)
+    ends = []
+    for name, after in (("silence", torch.zeros(16_000)), ("tone", tone)):
+        pcm = pcm_of(torch.cat([torch.zeros(8000), speech, after, torch.zeros(32_000)]))
+        pieces = [pcm[i : i + 5120] for i in range(0, len(pcm), 5120)]
+        answers = [live.answer((headers(name, i, **{"x-endpoints": "true"}), piece)) for i, piece in enumerate(pieces)]
+        said = [i for i, [(_, answer)] in enumerate(answers) for each in answer["utterances"] if each["text"]]
+        ends.append(0.16 * said[0])
+        assert len(said) == 1
+    assert ends[0] + 0.3 < ends[1] < ends[0] + 1.3
+
+
+def test_an_hour_of_utterances_takes_no_more_memory_than_one(live, told_apart):
+    _, _, pcm = told_apart
+    kept, count = [], 0
+    for number in range(12):
+        [(status, answer)] = live.answer((headers("an-hour", number, **{"x-endpoints": "true"}), pcm))
+        assert status == 200
+        count += len(answer["utterances"])
+        sequence = live.handler.sequences["an-hour"]
+        tensors = [sequence.samples, sequence.recent, sequence.stream[0], *sequence.stream[2]]
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        assert len(sequence.tokens) < 40 and not sequence.utterances
+    assert count >= 40 and max(kept) < 1.1 * max(kept[:2]) and max(kept) < 1_000_000
+
+
+def test_who_wants_the_words_gets_them_in_every_answer(live, worker, strings):
+    pcm, before = strings[0], []
+    pieces = [pcm[i : i + 16_000] for i in range(0, len(pcm), 16_000)]
+    for number, piece in enumerate(pieces):
+        last = number == len(pieces) - 1
+        [(status, answer)] = live.answer((headers("words", number, last, **{"x-words": "true"}), piece))
+        words = [word["word"] for word in answer["words"]]
+        assert status == 200 and " ".join(words) == answer["text"]
+        assert words[: len(before)] == before
+        assert answer["speech"] == max([word["probability"] for word in answer["words"]], default=0.0)
+        before = words
+    assert_same(worker, pcm, answer)
+
+
 # The answers to what is not the next piece
 
 SECOND = bytes(32_000)
@@ -278,6 +401,10 @@ def test_a_repeated_piece_in_the_batch_of_its_first_is_answered_too(live):
         ({"x-last-piece": "maybe"}, 400, "BadPiece"),
         ({"x-sample-rate": "fast"}, 400, "BadRate"),
         ({"x-sample-rate": "7999"}, 400, "BadRate"),
+        ({"x-endpoints": "maybe"}, 400, "BadEndpoints"),
+        ({"x-endpoints": "2400,800"}, 400, "BadEndpoints"),
+        ({"x-endpoints": "2400,199,20000"}, 400, "BadEndpoints"),
+        ({"x-words": "1"}, 400, "BadWords"),
         ({"x-piece": "1"}, 409, "UnknownSequence"),
     ],
     ids=lambda sent: "-".join(f"{name}={value[:9]}" for name, value in sent.items()) if isinstance(sent, dict) else "",

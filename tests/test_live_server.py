@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 import uuid
+import wave
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
@@ -21,6 +24,7 @@ from conftest import ROOT, SAMPLES, Server, transcripts, wait_until
 from test_api import grpc_call
 from test_live import cut, headers, pcm_of
 
+from clients.live import LiveError, transcribe
 from handler import decode_audio
 
 IDLE = 60  # seconds after which a silent client is forgotten: none that only waits for a slow machine
@@ -234,6 +238,44 @@ def test_the_client_lets_the_text_grow_in_a_terminal(live):
     lines = [re.sub("\033\\[[0-9]*m", "", line) for line in shown.decode().split("\r\033[K")]
     grown = list(dict.fromkeys(lines))
     assert grown == ["", "four", "four seven", "four seven two", "four seven two\r\n"]
+
+
+@pytest.fixture
+def two_sentences(tmp_path, spoken) -> tuple[Path, list[str]]:
+    """A WAV file of two samples with a pause between them, and their texts."""
+    texts, path = ["four seven two", "seven three zero two"], tmp_path / "two.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(48_000).join(spoken[text] for text in texts))
+    return path, texts
+
+
+def test_the_client_writes_a_line_for_each_utterance_and_nothing_else(live, two_sentences):
+    path, texts = two_sentences
+    command = [sys.executable, ROOT / "clients" / "live.py", "--endpoints", path]
+    said = subprocess.run(
+        [*command, "--server", live.url.removesuffix("/predictions/emformer_asr")], capture_output=True, text=True
+    )
+    assert (said.returncode, said.stdout.splitlines(), said.stderr) == (0, texts, "")
+
+
+def test_a_program_gets_each_utterance_as_soon_as_its_speaker_has_paused(live, two_sentences):
+    path, texts = two_sentences
+    sent = []
+
+    def chunks() -> Iterator[bytes]:
+        with wave.open(str(path)) as file:
+            while chunk := file.readframes(3000):
+                sent.append(chunk)
+                yield chunk
+
+    heard = []
+    for text in transcribe(chunks(), server=live.url.removesuffix("/predictions/emformer_asr")):
+        heard.append((text, sum(map(len, sent)) / 32_000))
+    assert [text for text, _ in heard] == texts
+    assert heard[0][1] < heard[1][1] - 1  # while the second was still to come
+    with pytest.raises(LiveError, match="No server answers"):
+        next(transcribe([bytes(3200)], server="http://127.0.0.1:9"))
 
 
 MICROPHONE = """

@@ -17,6 +17,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from test_live import pcm_of
+
+from handler import decode_audio
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -126,7 +129,8 @@ def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speec
         chrome.execute_script("""
             const text = document.getElementById("text");
             window.seen = [];
-            new MutationObserver(() => { seen.push(text.textContent); }).observe(text, { childList: true });""")
+            const watch = new MutationObserver(() => { seen.push(text.textContent); });
+            watch.observe(text, { childList: true, subtree: true });""")
         button = chrome.find_element(By.ID, "speak")
         button.click()
 
@@ -145,6 +149,28 @@ def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speec
         wait_for(chrome, lambda _: button.text == "Speak")
         assert (text(chrome, "text"), text(chrome, "message")) == (TEXT, "")
         assert chrome.find_element(By.ID, "level").get_property("value") == 0
+        assert not errors(chrome)
+
+
+def test_finished_sentences_stay_above_one_that_grows(page, live_server, tmp_path):
+    path, silence = tmp_path / "speech.wav", bytes(2 * 16_000)
+    spoken = [pcm_of(decode_audio((SAMPLES / name).read_bytes())) for name in ("three-digits.wav", "pin.webm")]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(spoken[0] + 2 * silence + spoken[1] + 20 * silence)
+    with browser(page, base(live_server), *microphone(path)) as chrome:
+        chrome.execute_script("""
+            window.seen = [];
+            const lines = () => [...document.querySelectorAll("#text p")].map((line) => line.textContent);
+            const watch = new MutationObserver(() => { seen.push(lines()); });
+            watch.observe(document.getElementById("text"), { childList: true, subtree: true });""")
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: chrome.execute_script("return seen.at(-1)")[:-1] == [TEXT, "seven three zero two"])
+        seen = chrome.execute_script("return seen")
+        assert [TEXT, "seven three"] in seen, seen  # the second grows below the first
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: chrome.find_element(By.ID, "speak").text == "Speak")
+        assert text(chrome, "status") == "Transcript: seven three zero two"  # each was read aloud once
         assert not errors(chrome)
 
 
