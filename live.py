@@ -1,13 +1,13 @@
 """Live transcription for TorchServe: the text appears while the person speaks.
 
-The handler of an archive of its own, which handler.py goes into as an extra file. Its model-config.yaml turns
-``sequenceBatching`` on: TorchServe then brings all requests of a sequence to one worker, which keeps the sequence's
-state between them. A sequence is one utterance, sent in pieces, each
+The handler of an archive of its own, which handler.py goes into as an extra file. It has one worker, so that all
+requests of a sequence come to the one that keeps the sequence's state between them. TorchServe's ``sequenceBatching``
+would allow several, but never replaces one that dies. A sequence is one utterance, sent in pieces, each
 a POST of raw 16-bit little-endian mono PCM with these request headers:
 
     ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
     x-piece                  the piece's number, from 0
-    x-last-piece             true with the last piece; one more, empty one says that its answer has come
+    x-last-piece             true with the last piece
     x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
@@ -53,20 +54,27 @@ NUMBER = re.compile(r"[0-9]{1,9}")
 RATES = (8_000, 192_000)  # Hz
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
 TOGETHER = 60  # seconds of sound whose features are extracted in one call: more takes hundreds of megabytes
-# TorchServe finds a sequence's name in this request header. It keeps its place in a worker until it is idle for too
-# long, unless an answer has the other one: then the place is free at once, and what still waits for it is lost.
-SEQUENCE_ID, SEQUENCE_END = "ts_request_sequence_id", "ts_request_sequence_end"
+SEQUENCE_ID = "ts_request_sequence_id"  # the request header with a sequence's name
 # Ids of sequences that are over, remembered so that a late piece is told so.
 REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
 WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
-SETTINGS = DEFAULTS | {"max_sequences": 50}  # of a worker, open at a time: the next is refused
+SETTINGS = DEFAULTS | {
+    "max_sequences": 50,  # open at a time: the next is refused
+    "max_idle_seconds": 10,  # a client that is silent for longer is forgotten
+}
 # A frame is made of the samples around its hop, as far as ``REACH`` to both sides, which ``MARGIN``, whole hops, holds.
 REACH = WINDOW_SAMPLES // 2
 MARGIN = -(-REACH // HOP_SAMPLES) * HOP_SAMPLES
 
 
 # What a request brings
+
+
+def name_of(headers: dict[str, str]) -> str:
+    """The name of the sequence that a request belongs to; of one that begins without a name, a new one."""
+    made_up = uuid.uuid4().hex if headers.get("x-piece") == "0" else ""
+    return headers.get(SEQUENCE_ID, made_up)
 
 
 def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
@@ -241,13 +249,8 @@ class LiveHandler(ModelHandler):
         """As ``ModelHandler``'s.
 
         Raises:
-            ValueError: what ``ModelHandler`` raises; the model file is not one of export_model.py's, or too old; or
-                model-config.yaml has no ``sequenceMaxIdleMSec``.
+            ValueError: what ``ModelHandler`` raises; or the model file is not one of export_model.py's, or too old.
         """
-        config = getattr(context, "model_yaml_config", None) or {}
-        if not isinstance(config.get("sequenceMaxIdleMSec"), int):
-            raise ValueError("model-config.yaml: live speech needs sequenceMaxIdleMSec, a number of milliseconds.")
-        self.max_idle = config["sequenceMaxIdleMSec"] / 1000  # seconds
         self.sequences: dict[str, LiveHandler.Sequence] = {}
         self.over: dict[str, str] = {}
         self.lasted = 0.0  # seconds, the batch before
@@ -280,28 +283,25 @@ class LiveHandler(ModelHandler):
         answers: list[dict] = [{}] * len(data)
         todo, seconds = list(range(len(data))), 0.0
         while todo:
-            # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
+            # Of a sequence's pieces in one batch, sent again after a broken connection, one is taken after the other.
             later, named, pieces = [], set(), {}
             for index in todo:
                 given = context.get_all_request_header(index)
                 headers = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
-                name = given.get(SEQUENCE_ID, "")  # TorchServe makes one up if it does not find the header
+                name = name_of(headers)
                 if name in named:
                     later.append(index)
                     continue
                 named.add(name)
+                if not headers:  # it came over gRPC: as in ``ModelHandler.handle``
+                    context.set_response_header(index, "ts_stream_next", "false")
                 try:
-                    if sum(header.lower() == SEQUENCE_ID for header in given) > 1:
-                        message = f"Write the header {SEQUENCE_ID} in lower case: TorchServe does not see it otherwise."
-                        raise refusal(HTTPStatus.BAD_REQUEST, "NoSequence", message)
                     piece = self._piece(name, headers, data[index])
                 except Exception as error:
                     answers[index] = self._refused(index, context, name, error)
                     continue
                 if piece is None:
                     answers[index] = self._answer(index, context, name)
-                    if int(headers["x-piece"]) > self.sequences[name].piece:
-                        context.set_response_header(index, SEQUENCE_END, name)
                 else:
                     pieces[index] = (name, *piece)
             work = [(self.sequences[name], new, last) for name, new, last, _ in pieces.values()]
@@ -421,8 +421,6 @@ class LiveHandler(ModelHandler):
     def _refused(self, index: int, context, name: str, error: Exception) -> dict:
         if name in self.sequences and not isinstance(error, PredictionException):
             self._drop(name, "failed")  # what it has heard is not known any more
-        if name not in self.sequences or self.sequences[name].answer.get("final"):
-            context.set_response_header(index, SEQUENCE_END, name)
         return refused(index, context, error)
 
     def _open(self) -> int:
@@ -432,8 +430,11 @@ class LiveHandler(ModelHandler):
     def _forget(self, now: float) -> None:
         """Drop what has been idle for too long."""
         for name, sequence in list(self.sequences.items()):
-            if now - sequence.used > self.max_idle:
-                self._drop(name, f"was idle for more than {self.max_idle:g} s" if sequence.stream else "has ended")
+            if now - sequence.used > self.settings["max_idle_seconds"]:
+                self._drop(
+                    name,
+                    f"was idle for more than {self.settings['max_idle_seconds']} s" if sequence.stream else "has ended",
+                )
 
     def _drop(self, name: str, why: str) -> None:
         del self.sequences[name]

@@ -7,7 +7,6 @@ What may still change is in grey.
 """
 
 import argparse
-import contextlib
 import queue
 import shutil
 import signal
@@ -21,6 +20,11 @@ from urllib.parse import urlsplit
 import requests
 
 PIECE = 0.16  # seconds
+# Seconds for an answer: a piece that comes while the server replaces its worker waits for the new one.
+PATIENCE = 120
+# The server does not know the sequence any more, because its worker died or the client was silent for too long.
+LOST = {409, 410, 500, 507}
+MOST_LOST = 3  # one after the other, without an answer
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -56,20 +60,69 @@ def microphone_pieces(rate: int = 16_000) -> Iterator[tuple[int, bytes]]:
             yield rate, piece
 
 
+class LostError(Exception):
+    """The server has lost the sequence: begin another one."""
+
+
 def send(session: requests.Session, url: str, headers: dict[str, str], pcm: bytes) -> dict:
-    """One piece; sent again if the connection breaks: it does not count twice. After a time-out its worker has died."""
+    """One piece; sent again if the connection breaks: it does not count twice.
+
+    Raises:
+        LostError: see there.
+        SystemExit: the server refuses the piece, or does not answer.
+    """
     for pause in (0.2, 0.5, 1.0, None):
         try:
-            response = session.post(url, pcm, headers=headers, timeout=10)
+            response = session.post(url, pcm, headers=headers, timeout=PATIENCE)
             if response.ok:
                 return response.json()
             message = response.json()["message"] if response.content else response.reason
-            sys.exit(f"\nThe server says {response.status_code}: {message}")
+            message = f"The server says {response.status_code}: {message}"
+            if response.status_code in LOST:
+                raise LostError(message)
+            sys.exit(f"\n{message}")
         except requests.RequestException as error:
             if pause is None or not isinstance(error, requests.ConnectionError):
                 break
             time.sleep(pause)
     sys.exit(f"\nNo server answers at {url}: start it with make run-live.")
+
+
+class Speech:
+    """Speech that is sent piece by piece: one sequence, and another one whenever the server has lost it.
+
+    Attributes:
+        kept (str): the text of sequences that were lost, which does not change any more.
+    """
+
+    def __init__(self, session: requests.Session, url: str, headers: dict[str, str]) -> None:
+        self.session, self.url, self.headers = session, url, headers
+        self.kept = self.text = ""
+        self.begin()
+
+    def begin(self) -> None:
+        self.kept, self.text, self.number = f"{self.kept} {self.text}".strip(), "", 0
+        self.name = uuid.uuid4().hex
+
+    def hear(self, rate: int, pcm: bytes, last: bool = False) -> dict:
+        """The answer to a piece; its ``text`` begins with what was kept.
+
+        Raises:
+            SystemExit: as ``send``; or the server has lost ``MOST_LOST`` sequences without an answer.
+        """
+        for left in reversed(range(MOST_LOST)):
+            headers = {"ts_request_sequence_id": self.name, "x-piece": str(self.number)}
+            headers |= {"x-last-piece": str(last).lower(), "x-sample-rate": str(rate)}
+            try:
+                answer = send(self.session, self.url, self.headers | headers, pcm)
+                break
+            except LostError as error:
+                if not left:
+                    sys.exit(f"\n{error}")
+                self.begin()
+        self.number, self.text = self.number + 1, answer["text"]
+        kept = f"{self.kept} " if self.kept else ""
+        return answer | {"text": (kept + self.text).rstrip(), "stable": len(kept) + answer["stable"]}
 
 
 def main() -> None:
@@ -78,25 +131,24 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8080")
     parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
     args = parser.parse_args()
-    url, session, number, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), -1, []
+    url, session, rate, stopped = f"{args.server}/predictions/emformer_asr_live", requests.Session(), 16_000, []
     host = urlsplit(args.server).hostname or ""
     session.trust_env = host not in ("localhost", "::1") and not host.startswith("127.")  # no proxy to this machine
-    common = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
+    common = {"Content-Type": "application/octet-stream"}
     common |= {"Authorization": f"Bearer {args.token}"} if args.token else {}
     # Ctrl-C ends the sound, and a second one the program.
     signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    for number, (rate, pcm) in enumerate(file_pieces(args.file) if args.file else microphone_pieces()):
-        answer = send(session, url, common | {"x-piece": str(number), "x-sample-rate": str(rate)}, pcm)
+    speech = Speech(session, url, common)
+    for rate, pcm in file_pieces(args.file) if args.file else microphone_pieces():
+        answer = speech.hear(rate, pcm)
         if sys.stdout.isatty():
             text, stable = answer["text"], answer["stable"]
             first = max(len(text) - shutil.get_terminal_size().columns + 1, 0)  # what a line holds of it
             print(f"{ERASE}{text[first:stable]}{GREY}{text[max(first, stable) :]}{PLAIN}", end="", flush=True)
         if stopped:
             break
-    answer = send(session, url, common | {"x-piece": str(number + 1), "x-last-piece": "true"}, b"")
+    answer = speech.hear(rate, b"", last=True)
     print(f"{ERASE if sys.stdout.isatty() else ''}{answer['text']}", flush=True)
-    with contextlib.suppress(requests.RequestException):  # says that the answer is here and need not be kept
-        session.post(url, b"", headers=common | {"x-piece": str(number + 2)}, timeout=1)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def live_server(digits_pt, page) -> Iterator[Server]:
     origin = page.removesuffix("/live.html")
     cors = (ROOT / "cors.properties").read_text().replace("http://127.0.0.1:8000", origin)
     assert origin in cors
-    server = Server(digits_pt, config=cors, live={"minWorkers": 1, "maxWorkers": 1, "beam_width": 4})
+    server = Server(digits_pt, config=cors, live={"beam_width": 4})
     server.start()
     yield server
     server.remove()
