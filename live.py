@@ -8,7 +8,8 @@ a POST of raw 16-bit little-endian mono PCM with these request headers:
     ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
     x-piece                  the piece's number, from 0
     x-last-piece             true with the last piece
-    x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
+    x-encoding               of the first piece and so of all: ``pcm`` if it is not there, or another of ``ENCODINGS``
+    x-sample-rate            likewise, in Hz; 16000 if it is not there, of ``mulaw`` and ``alaw`` 8000
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
 characters will not change any more), ``final`` and, with the last piece, ``words``. The final text is that of the whole
@@ -19,11 +20,14 @@ import dataclasses
 import itertools
 import logging
 import os
+import queue
 import re
+import threading
 import time
+import types
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 import av
@@ -33,17 +37,26 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
 from handler import (
+    BEGINNINGS,
+    BINARY,
+    DECODING_RATE,
+    DECODING_SECONDS,
     DEFAULTS,
+    FFMPEG_OPTIONS,
+    GAP,
     HOP_SAMPLES,
+    ID3,
     RIGHT_CONTEXT,
     SAMPLE_RATE,
     SEGMENT_SAMPLES,
     WINDOW_SAMPLES,
     ModelHandler,
+    limited_memory,
     measure,
     mono,
     refusal,
     refused,
+    resampled,
     words_of,
 )
 
@@ -52,6 +65,21 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NUMBER = re.compile(r"[0-9]{1,9}")
 RATES = (8_000, 192_000)  # Hz
+# What pieces may hold, and at how many Hz if they do not say: raw 16-bit PCM, G.711 as telephones have it, or a stream
+# of Opus in WebM or Ogg, as browsers record it.
+ENCODINGS = {"pcm": SAMPLE_RATE, "mulaw": 8_000, "alaw": 8_000, "opus": 48_000}
+G711 = {"mulaw": "pcm_mulaw", "alaw": "pcm_alaw"}  # FFmpeg's names
+CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"OggS": "ogg"}  # how a stream of Opus begins, FFmpeg's demuxer
+OPUS_OPTIONS = FFMPEG_OPTIONS | {"format_whitelist": ",".join(CONTAINERS.values()), "codec_whitelist": "opus,libopus"}
+# Its headers say everything, so that FFmpeg need not look into the sound before the first of it comes out.
+OPUS_OPTIONS |= {"probesize": "32", "analyzeduration": "0"}
+MAX_OPUS_BYTES = 2**21  # in a piece: more than 30 s at the highest rate
+MAX_UNDECODED = 2**17  # bytes without any sound, twice as many as a page of Ogg: the stream is broken
+# What raw samples are not: the beginning of a file; float32, of which 99% lie in ``FLOATS`` or are zero. As 16-bit
+# samples these would have every second one in two narrow bands, on both sides of zero.
+FILE = re.compile(b"|".join([*BEGINNINGS, rb"fLaC[\x00\x80]\x00\x00\x22", ID3.pattern]), re.DOTALL)
+FLOATS, SURE, LEAST_FLOATS = (2.0**-24, 2.0), 0.99, 500
+LEAST_TEXT, FOREIGN = 256, 0.1  # bytes; the most of them that may not be ASCII
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
 TOGETHER = 60  # seconds of sound whose features are extracted in one call: more takes hundreds of megabytes
 SEQUENCE_ID = "ts_request_sequence_id"  # the request header with a sequence's name
@@ -97,13 +125,72 @@ def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
     return int(number), last == "true"
 
 
-def pcm_of(request: dict) -> np.ndarray:
-    """The samples (n,), int16, in a request's body."""
+def body_of(request: dict) -> bytes | bytearray:
+    """A request's body, as it came."""
     body = next((request[name] for name in ("body", "data") if name in request), None if request else b"")
-    if not isinstance(body, bytes | bytearray) or len(body) % 2:
-        message = "The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream."
-        raise refusal(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+    if not isinstance(body, bytes | bytearray):
+        raise not_pcm("The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream.")
+    return body
+
+
+def not_pcm(message: str) -> PredictionException:
+    return refusal(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+
+
+def pcm_of(body: bytes | bytearray, encoding: str) -> np.ndarray:
+    """The samples (n,), int16, in a body.
+
+    Raises:
+        PredictionException: they are surely something else.
+    """
+    if FILE.match(body):
+        message = "This is the beginning of an audio file: send its samples alone, as raw 16-bit PCM, or send Opus in"
+        raise not_pcm(f"{message} WebM or Ogg with the header x-encoding: opus.")
+    if encoding in G711:
+        return G711_TABLES[encoding][np.frombuffer(body, dtype=np.uint8)]
+    if len(body) % 2:
+        raise not_pcm(
+            f"These {len(body)} bytes are no whole number of 16-bit samples: a piece must not cut one in two."
+        )
+    if is_text(body):
+        raise not_pcm("This is text: send the samples as raw 16-bit PCM, neither in JSON nor in base64.")
+    if is_float(body):
+        raise not_pcm("These are floating-point samples: multiply by 32767 and send 16-bit integers, little-endian.")
     return np.frombuffer(body, dtype="<i2")
+
+
+def is_text(body: bytes | bytearray) -> bool:
+    """Whether bytes are text: sound has samples near zero, of which one byte is no text's, and negative ones."""
+    if len(body) < LEAST_TEXT or BINARY.search(body) or np.mean(np.frombuffer(body, dtype=np.uint8) > 127) > FOREIGN:
+        return False
+    try:
+        return bool(body.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def is_float(body: bytes | bytearray) -> bool:
+    """Whether bytes are float32 samples with both signs."""
+    if len(body) % 4 or len(body) < 4 * LEAST_FLOATS:
+        return False
+    values = np.frombuffer(body, dtype="<f4")
+    with np.errstate(invalid="ignore"):  # what is none may be no number
+        level = np.abs(values)
+        sounds = (level >= FLOATS[0]) & (level <= FLOATS[1])
+        count, negative = int(sounds.sum()), int((sounds & (values < 0)).sum())
+    likely = count + int((level == 0).sum()) >= SURE * len(values)
+    return likely and count >= LEAST_FLOATS and min(negative, count - negative) >= 0.1 * count
+
+
+def g711_table(codec: str) -> np.ndarray:
+    """The samples (256,), int16, that FFmpeg's decoder makes of all bytes."""
+    context = av.CodecContext.create(codec, "r")
+    context.sample_rate, context.layout = 8_000, "mono"
+    [frame] = context.decode(av.Packet(bytes(range(256))))
+    return frame.to_ndarray().reshape(-1)
+
+
+G711_TABLES = {encoding: g711_table(codec) for encoding, codec in G711.items()}
 
 
 def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -> torch.Tensor:
@@ -118,6 +205,89 @@ def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -
     if last:
         frames += sequence.resampler.resample(None)
     return torch.cat([torch.empty(0), *(mono(frame, []) for frame in frames)])
+
+
+# From a stream of Opus to samples
+
+
+def broken(what: str) -> PredictionException:
+    message = f"The stream of Opus {what}: begin another sequence with a stream's first bytes, in WebM or Ogg."
+    return refusal(HTTPStatus.BAD_REQUEST, "BrokenStream", message)
+
+
+def opus_decoder(longest: int) -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
+    """A decoder that takes a stream of up to ``longest`` seconds in pieces: what it gets, and what comes out.
+
+    FFmpeg reads when it wants to, and a piece may end anywhere. So it has a thread of its own, which waits for the next
+    piece, or for None, the end. For each there is one answer: samples (n,), or the exception with which it has ended.
+    """
+    fed: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[torch.Tensor | Exception] = queue.SimpleQueue()
+    threading.Thread(target=decode_opus, args=(fed, heard, longest), daemon=True).start()
+    return fed, heard
+
+
+def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) -> None:
+    """What the decoder's thread does."""
+    left, samples, count, undecoded, ended = fed.get() or b"", [], 0, 0, False
+    demuxer = CONTAINERS.get(bytes(left[:4]))
+
+    def read(size: int) -> bytes:
+        nonlocal left, samples, count, undecoded, ended
+        if not left and not ended and undecoded <= MAX_UNDECODED:
+            heard.put(torch.cat([torch.empty(0), *samples]))
+            samples, count, left = [], 0, fed.get()
+            ended, left = left is None, left or b""
+        taken, left = left[:size], left[size:]
+        undecoded += len(taken)
+        return bytes(taken) if undecoded <= MAX_UNDECODED else b""  # the end, for FFmpeg
+
+    try:
+        if not demuxer:
+            raise broken("does not begin as one")
+        reader = types.SimpleNamespace(read=read)
+        with av.open(reader, format=demuxer, options=OPUS_OPTIONS, metadata_errors="replace") as container:
+            tracks = [track for track in container.streams.audio if track.codec_context]
+            if not tracks or tracks[0].codec_context.codec.canonical_name != "opus":
+                raise broken("has none in it")
+            for new in resampled(opus_frames(container, tracks[0], longest), [], size=None):
+                undecoded, count = 0, count + len(new)
+                samples.append(new)
+                if count > MAX_PIECE_SECONDS * SAMPLE_RATE:
+                    raise too_long(longest)
+        if not ended:
+            raise broken("is broken")
+        heard.put(torch.cat([torch.empty(0), *samples]))
+    except MemoryError:
+        heard.put(broken("asks for too much memory"))
+    except (av.FFmpegError, ValueError, IndexError):
+        heard.put(broken("is broken"))
+    except Exception as error:
+        heard.put(error)
+
+
+def opus_frames(
+    container: av.container.InputContainer, track: av.AudioStream, longest: int
+) -> Iterator[tuple[float, av.AudioFrame]]:
+    """The stream's frames, each with the seconds in which there is no sound before it, as ``handler.sound_frames``."""
+    seconds, least, origin = 0.0, 0.0, (container.start_time or 0) / av.time_base
+    for packet in container.demux(track):
+        if time.thread_time() > DECODING_SECONDS + DECODING_RATE * seconds:  # as ``handler.check_time``
+            raise broken("takes too much time")
+        frames = packet.decode()
+        least = least if frames else 0.0
+        for frame in frames:
+            gap = 0.0 if frame.time is None else frame.time - origin - seconds
+            gap, least = gap if gap > least else 0.0, GAP
+            if gap > MAX_PIECE_SECONDS:
+                raise too_long(longest)
+            seconds += gap + frame.samples / frame.sample_rate
+            yield gap, frame
+
+
+def too_long(longest: int) -> PredictionException:
+    message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
+    return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
 
 
 # From samples to text
@@ -223,6 +393,8 @@ class LiveHandler(ModelHandler):
             stream (Stream or None): the engine's state, see engine/decoder.py; None when the sequence is over.
             rate (int): Hz, of its pieces.
             resampler (av.AudioResampler or None): to the model's rate, where that is another one.
+            encoding (str): one of ``ENCODINGS``.
+            decoder (tuple or None): of Opus, see ``opus_decoder``.
             samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
             heard (int): samples so far, at the model's rate.
             tokens, frames, log_probs (list): what has settled, see ``Decoder.advance``.
@@ -241,6 +413,8 @@ class LiveHandler(ModelHandler):
         frames: list[int] = dataclasses.field(default_factory=list)
         log_probs: list[float] = dataclasses.field(default_factory=list)
         text: str = ""
+        encoding: str = "pcm"
+        decoder: tuple | None = None
         piece: int = -1
         answer: dict = dataclasses.field(default_factory=dict)
         used: float = 0.0
@@ -350,35 +524,71 @@ class LiveHandler(ModelHandler):
             if number <= sequence.piece:
                 return None
             if sequence.answer["final"]:
-                if number == sequence.piece + 1 and not len(pcm_of(request)):
+                if number == sequence.piece + 1 and not body_of(request):
                     return None
                 message = f"The sequence ended with piece {sequence.piece}: begin another one, under another name."
                 raise refusal(HTTPStatus.GONE, "SequenceEnded", message)
             if number > sequence.piece + 1:
                 message = f"Piece {sequence.piece + 1} is missing: send it before piece {number}."
                 raise refusal(HTTPStatus.CONFLICT, "MissingPiece", message)
-        pcm = pcm_of(request)
+        body = body_of(request)
         if sequence is None:
             sequence = self._opened(headers)
-        longest, seconds = self.settings["max_audio_seconds"], len(pcm) / sequence.rate
-        if seconds > MAX_PIECE_SECONDS or sequence.heard / SAMPLE_RATE + seconds > longest:
-            message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
-            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
-        new = waveform_of(sequence, pcm, last)
+        longest, heard = self.settings["max_audio_seconds"], sequence.heard / SAMPLE_RATE
+        if sequence.encoding == "opus":
+            new = self._decoded(name, sequence, body, last)
+        else:
+            pcm = pcm_of(body, sequence.encoding)
+            if len(pcm) / sequence.rate > min(MAX_PIECE_SECONDS, longest - heard):
+                raise too_long(longest)
+            new = waveform_of(sequence, pcm, last)
         self.sequences[name] = sequence
         return new, last, number
+
+    def _decoded(self, name: str, sequence: Sequence, body: bytes, last: bool) -> torch.Tensor:
+        """The samples (n,), at the model's rate, that a piece of a stream of Opus completes.
+
+        Raises:
+            PredictionException: the stream is broken or too long. The sequence is then over, unless it was told so
+                before its decoder has got the piece.
+        """
+        longest, samples = self.settings["max_audio_seconds"], [torch.empty(0)]
+        if len(body) > MAX_OPUS_BYTES:
+            raise too_long(longest)
+        if not body and not sequence.decoder:
+            return samples[0]
+        sequence.decoder = fed, heard = sequence.decoder or opus_decoder(longest)
+        try:
+            with limited_memory(longest):
+                for part in [body] * bool(body) + [None] * last:
+                    fed.put(part)
+                    samples.append(heard.get())
+                    if isinstance(samples[-1], Exception):
+                        raise samples[-1]
+            if sequence.heard + sum(map(len, samples)) > longest * SAMPLE_RATE:
+                raise too_long(longest)
+        except Exception:
+            fed.put(None)
+            if name in self.sequences:
+                self._drop(name, "failed")
+            raise
+        return torch.cat(samples)
 
     def _opened(self, headers: dict[str, str]) -> Sequence:
         most = self.settings["max_sequences"]
         if self._open() >= most:
             message = f"All {most} places are taken: try again when somebody has finished."
             raise refusal(HTTPStatus.SERVICE_UNAVAILABLE, "TooManySequences", message)
-        rate = headers.get("x-sample-rate", str(SAMPLE_RATE))
+        encoding = headers.get("x-encoding", "pcm").lower()
+        if encoding not in ENCODINGS:
+            message = f"The header x-encoding must be one of {', '.join(ENCODINGS)}."
+            raise refusal(HTTPStatus.BAD_REQUEST, "BadEncoding", message)
+        rate = headers.get("x-sample-rate", str(ENCODINGS[encoding]))
         if not NUMBER.fullmatch(rate) or not RATES[0] <= int(rate) <= RATES[1]:
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
             raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        return self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+        return self.Sequence(self.model.begin(), int(rate), resampler, encoding=encoding, used=time.monotonic())
 
     def _advance(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
         """Let sequences hear their new samples, all in one call of the engine; what went wrong with each."""
@@ -437,7 +647,8 @@ class LiveHandler(ModelHandler):
                 )
 
     def _drop(self, name: str, why: str) -> None:
-        del self.sequences[name]
+        if decoder := self.sequences.pop(name).decoder:
+            decoder[0].put(None)  # or its thread would wait for ever
         self.over[name] = why
         if len(self.over) > REMEMBERED:
             del self.over[next(iter(self.over))]
