@@ -25,6 +25,7 @@ PATIENCE = 120
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # one after the other, without an answer
+AGAIN = 5  # seconds, at most, that are heard again after a loss: since the last word came
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -93,11 +94,13 @@ class Speech:
 
     Attributes:
         kept (str): the text of sequences that were lost, which does not change any more.
+        recent (bytes): PCM since the last word came, which a lost sequence has heard in vain.
     """
 
     def __init__(self, session: requests.Session, url: str, headers: dict[str, str]) -> None:
         self.session, self.url, self.headers = session, url, headers
         self.kept = self.text = ""
+        self.recent = b""
         self.begin()
 
     def begin(self) -> None:
@@ -120,6 +123,8 @@ class Speech:
                 if not left:
                     sys.exit(f"\n{error}")
                 self.begin()
+                pcm, self.recent = self.recent + pcm, b""
+        self.recent = (self.recent + pcm)[-2 * AGAIN * rate :] if self.text == answer["text"] else b""
         self.number, self.text = self.number + 1, answer["text"]
         kept = f"{self.kept} " if self.kept else ""
         return answer | {"text": (kept + self.text).rstrip(), "stable": len(kept) + answer["stable"]}
