@@ -535,10 +535,13 @@ def sound_frames(
         notes.append(DAMAGED)
 
 
-def resampled(frames: Iterator[tuple[float, av.AudioFrame]], notes: list[str]) -> Iterator[torch.Tensor]:
+def resampled(
+    frames: Iterator[tuple[float, av.AudioFrame]], notes: list[str], size: int | None = 4 * SAMPLE_RATE
+) -> Iterator[torch.Tensor]:
     """Bring decoded frames to ``SAMPLE_RATE`` and mix their channels: pieces (samples,), float32.
 
-    Packed samples, because PyAV crashes on planar frames of eight channels and more.
+    In pieces of ``size`` samples: one for every decoded frame (None) takes three times as long. Packed samples, because
+    PyAV crashes on planar frames of eight channels and more.
     """
     resampler, source = None, None
     for gap, frame in itertools.chain(frames, [(0.0, None)]):
@@ -546,8 +549,7 @@ def resampled(frames: Iterator[tuple[float, av.AudioFrame]], notes: list[str]) -
         if kind != source or gap:  # also midway, in files that were joined
             yield from (mono(rest, notes) for rest in (resampler.resample(None) if resampler else []))
             yield torch.zeros(round(gap * SAMPLE_RATE))
-            # In pieces of some seconds: one for every decoded frame would take three times as long.
-            resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE, frame_size=4 * SAMPLE_RATE)
+            resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE, frame_size=size)
             source = kind
         if frame:
             yield from (mono(part, notes) for part in resampler.resample(frame))

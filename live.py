@@ -1,14 +1,15 @@
 """Live transcription for TorchServe: the text appears while the person speaks.
 
-The handler of an archive of its own, which handler.py goes into as an extra file. Its model-config.yaml turns
-``sequenceBatching`` on: TorchServe then brings all requests of a sequence to one worker, which keeps the sequence's
-state between them. A sequence is sent in pieces, each a POST of raw 16-bit little-endian mono PCM with these request
-headers, the last three with the first piece:
+The handler of an archive of its own, which handler.py goes into as an extra file. It has one worker, so that all
+requests of a sequence come to the one that keeps the sequence's state between them. TorchServe's ``sequenceBatching``
+would allow several, but never replaces one that dies. A sequence is sent in pieces, each a POST of raw 16-bit
+little-endian mono PCM, or of what ``x-encoding`` names, with these request headers, the last four with the first piece:
 
     ts_request_sequence_id   the client's name for the sequence, the same for all its pieces
     x-piece                  the piece's number, from 0
-    x-last-piece             true with the last piece; one more, empty one says that its answer has come
-    x-sample-rate            of all pieces, in Hz; 16000 if it is not there
+    x-last-piece             true with the last piece
+    x-encoding               of all pieces: ``pcm`` if it is not there, or another of ``ENCODINGS``
+    x-sample-rate            likewise, in Hz; 16000 if it is not there, of ``mulaw`` and ``alaw`` 8000
     x-endpoints              true, or the three ``RULES``: the sequence is divided into utterances where somebody pauses
     x-words                  true: every answer has the words, not the last alone
 
@@ -23,10 +24,14 @@ import itertools
 import logging
 import math
 import os
+import queue
 import re
+import threading
 import time
+import types
+import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 import av
@@ -36,18 +41,27 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
 from handler import (
+    BEGINNINGS,
+    BINARY,
+    DECODING_RATE,
+    DECODING_SECONDS,
     DEFAULTS,
+    FFMPEG_OPTIONS,
     FRAME_SECONDS,
+    GAP,
     HOP_SAMPLES,
+    ID3,
     RIGHT_CONTEXT,
     SAMPLE_RATE,
     SEGMENT_SAMPLES,
     WINDOW_SAMPLES,
     ModelHandler,
+    limited_memory,
     measure,
     mono,
     refusal,
     refused,
+    resampled,
     words_of,
 )
 
@@ -56,16 +70,32 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NUMBER = re.compile(r"[0-9]{1,9}")
 RATES = (8_000, 192_000)  # Hz
+# What pieces may hold, and at how many Hz if they do not say: raw 16-bit PCM, G.711 as telephones have it, or a stream
+# of Opus in WebM or Ogg, as browsers record it.
+ENCODINGS = {"pcm": SAMPLE_RATE, "mulaw": 8_000, "alaw": 8_000, "opus": 48_000}
+G711 = {"mulaw": "pcm_mulaw", "alaw": "pcm_alaw"}  # FFmpeg's names
+CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"OggS": "ogg"}  # how a stream of Opus begins, FFmpeg's demuxer
+OPUS_OPTIONS = FFMPEG_OPTIONS | {"format_whitelist": ",".join(CONTAINERS.values()), "codec_whitelist": "opus,libopus"}
+# Its headers say everything, so that FFmpeg need not look into the sound before the first of it comes out.
+OPUS_OPTIONS |= {"probesize": "32", "analyzeduration": "0"}
+MAX_OPUS_BYTES = 2**21  # in a piece: more than 30 s at the highest rate
+MAX_UNDECODED = 2**17  # bytes without any sound, twice as many as a page of Ogg: the stream is broken
+# What raw samples are not: the beginning of a file; float32, of which 99% lie in ``FLOATS`` or are zero. As 16-bit
+# samples these would have every second one in two narrow bands, on both sides of zero.
+FILE = re.compile(b"|".join([*BEGINNINGS, rb"fLaC[\x00\x80]\x00\x00\x22", ID3.pattern]), re.DOTALL)
+FLOATS, SURE, LEAST_FLOATS = (2.0**-24, 2.0), 0.99, 500
+LEAST_TEXT, FOREIGN = 256, 0.1  # bytes; the most of them that may not be ASCII
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
 TOGETHER = 60  # seconds of sound whose features are extracted in one call: more takes hundreds of megabytes
-# TorchServe finds a sequence's name in this request header. It keeps its place in a worker until it is idle for too
-# long, unless an answer has the other one: then the place is free at once, and what still waits for it is lost.
-SEQUENCE_ID, SEQUENCE_END = "ts_request_sequence_id", "ts_request_sequence_end"
+SEQUENCE_ID = "ts_request_sequence_id"  # the request header with a sequence's name
 # Ids of sequences that are over, remembered so that a late piece is told so.
 REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
 WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
-SETTINGS = DEFAULTS | {"max_sequences": 50}  # of a worker, open at a time: the next is refused
+SETTINGS = DEFAULTS | {
+    "max_sequences": 50,  # open at a time: the next is refused
+    "max_idle_seconds": 10,  # a client that is silent for longer is forgotten
+}
 # Milliseconds after which an utterance ends, where a sequence asks for that: of silence before any word, of silence
 # after a word, and of speech without such a silence.
 RULES = {"endpoint_no_word_ms": 2400, "endpoint_silence_ms": 800, "endpoint_longest_ms": 20_000}
@@ -85,6 +115,12 @@ Heard = tuple[list[int], list[int], list[float]]
 
 
 # What a request brings
+
+
+def name_of(headers: dict[str, str]) -> str:
+    """The name of the sequence that a request belongs to; of one that begins without a name, a new one."""
+    made_up = uuid.uuid4().hex if headers.get("x-piece") == "0" else ""
+    return headers.get(SEQUENCE_ID, made_up)
 
 
 def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
@@ -107,13 +143,72 @@ def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
     return int(number), last == "true"
 
 
-def pcm_of(request: dict) -> np.ndarray:
-    """The samples (n,), int16, in a request's body."""
+def body_of(request: dict) -> bytes | bytearray:
+    """A request's body, as it came."""
     body = next((request[name] for name in ("body", "data") if name in request), None if request else b"")
-    if not isinstance(body, bytes | bytearray) or len(body) % 2:
-        message = "The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream."
-        raise refusal(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+    if not isinstance(body, bytes | bytearray):
+        raise not_pcm("The body must be raw 16-bit PCM, sent with Content-Type: application/octet-stream.")
+    return body
+
+
+def not_pcm(message: str) -> PredictionException:
+    return refusal(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+
+
+def pcm_of(body: bytes | bytearray, encoding: str) -> np.ndarray:
+    """The samples (n,), int16, in a body.
+
+    Raises:
+        PredictionException: they are surely something else.
+    """
+    if FILE.match(body):
+        message = "This is the beginning of an audio file: send its samples alone, as raw 16-bit PCM, or send Opus in"
+        raise not_pcm(f"{message} WebM or Ogg with the header x-encoding: opus.")
+    if encoding in G711:
+        return G711_TABLES[encoding][np.frombuffer(body, dtype=np.uint8)]
+    if len(body) % 2:
+        raise not_pcm(
+            f"These {len(body)} bytes are no whole number of 16-bit samples: a piece must not cut one in two."
+        )
+    if is_text(body):
+        raise not_pcm("This is text: send the samples as raw 16-bit PCM, neither in JSON nor in base64.")
+    if is_float(body):
+        raise not_pcm("These are floating-point samples: multiply by 32767 and send 16-bit integers, little-endian.")
     return np.frombuffer(body, dtype="<i2")
+
+
+def is_text(body: bytes | bytearray) -> bool:
+    """Whether bytes are text: sound has samples near zero, of which one byte is no text's, and negative ones."""
+    if len(body) < LEAST_TEXT or BINARY.search(body) or np.mean(np.frombuffer(body, dtype=np.uint8) > 127) > FOREIGN:
+        return False
+    try:
+        return bool(body.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def is_float(body: bytes | bytearray) -> bool:
+    """Whether bytes are float32 samples with both signs."""
+    if len(body) % 4 or len(body) < 4 * LEAST_FLOATS:
+        return False
+    values = np.frombuffer(body, dtype="<f4")
+    with np.errstate(invalid="ignore"):  # what is none may be no number
+        level = np.abs(values)
+        sounds = (level >= FLOATS[0]) & (level <= FLOATS[1])
+        count, negative = int(sounds.sum()), int((sounds & (values < 0)).sum())
+    likely = count + int((level == 0).sum()) >= SURE * len(values)
+    return likely and count >= LEAST_FLOATS and min(negative, count - negative) >= 0.1 * count
+
+
+def g711_table(codec: str) -> np.ndarray:
+    """The samples (256,), int16, that FFmpeg's decoder makes of all bytes."""
+    context = av.CodecContext.create(codec, "r")
+    context.sample_rate, context.layout = 8_000, "mono"
+    [frame] = context.decode(av.Packet(bytes(range(256))))
+    return frame.to_ndarray().reshape(-1)
+
+
+G711_TABLES = {encoding: g711_table(codec) for encoding, codec in G711.items()}
 
 
 def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -> torch.Tensor:
@@ -152,6 +247,89 @@ def wants_words(headers: dict[str, str]) -> bool:
     if asked not in ("true", "false"):
         raise refusal(HTTPStatus.BAD_REQUEST, "BadWords", "The header x-words must be true or false.")
     return asked == "true"
+
+
+# From a stream of Opus to samples
+
+
+def broken(what: str) -> PredictionException:
+    message = f"The stream of Opus {what}: begin another sequence with a stream's first bytes, in WebM or Ogg."
+    return refusal(HTTPStatus.BAD_REQUEST, "BrokenStream", message)
+
+
+def opus_decoder(longest: int) -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
+    """A decoder that takes a stream of up to ``longest`` seconds in pieces: what it gets, and what comes out.
+
+    FFmpeg reads when it wants to, and a piece may end anywhere. So it has a thread of its own, which waits for the next
+    piece, or for None, the end. For each there is one answer: samples (n,), or the exception with which it has ended.
+    """
+    fed: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[torch.Tensor | Exception] = queue.SimpleQueue()
+    threading.Thread(target=decode_opus, args=(fed, heard, longest), daemon=True).start()
+    return fed, heard
+
+
+def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) -> None:
+    """What the decoder's thread does."""
+    left, samples, count, undecoded, ended = fed.get() or b"", [], 0, 0, False
+    demuxer = CONTAINERS.get(bytes(left[:4]))
+
+    def read(size: int) -> bytes:
+        nonlocal left, samples, count, undecoded, ended
+        if not left and not ended and undecoded <= MAX_UNDECODED:
+            heard.put(torch.cat([torch.empty(0), *samples]))
+            samples, count, left = [], 0, fed.get()
+            ended, left = left is None, left or b""
+        taken, left = left[:size], left[size:]
+        undecoded += len(taken)
+        return bytes(taken) if undecoded <= MAX_UNDECODED else b""  # the end, for FFmpeg
+
+    try:
+        if not demuxer:
+            raise broken("does not begin as one")
+        reader = types.SimpleNamespace(read=read)
+        with av.open(reader, format=demuxer, options=OPUS_OPTIONS, metadata_errors="replace") as container:
+            tracks = [track for track in container.streams.audio if track.codec_context]
+            if not tracks or tracks[0].codec_context.codec.canonical_name != "opus":
+                raise broken("has none in it")
+            for new in resampled(opus_frames(container, tracks[0], longest), [], size=None):
+                undecoded, count = 0, count + len(new)
+                samples.append(new)
+                if count > MAX_PIECE_SECONDS * SAMPLE_RATE:
+                    raise too_long(longest)
+        if not ended:
+            raise broken("is broken")
+        heard.put(torch.cat([torch.empty(0), *samples]))
+    except MemoryError:
+        heard.put(broken("asks for too much memory"))
+    except (av.FFmpegError, ValueError, IndexError):
+        heard.put(broken("is broken"))
+    except Exception as error:
+        heard.put(error)
+
+
+def opus_frames(
+    container: av.container.InputContainer, track: av.AudioStream, longest: int
+) -> Iterator[tuple[float, av.AudioFrame]]:
+    """The stream's frames, each with the seconds in which there is no sound before it, as ``handler.sound_frames``."""
+    seconds, least, origin = 0.0, 0.0, (container.start_time or 0) / av.time_base
+    for packet in container.demux(track):
+        if time.thread_time() > DECODING_SECONDS + DECODING_RATE * seconds:  # as ``handler.check_time``
+            raise broken("takes too much time")
+        frames = packet.decode()
+        least = least if frames else 0.0
+        for frame in frames:
+            gap = 0.0 if frame.time is None else frame.time - origin - seconds
+            gap, least = gap if gap > least else 0.0, GAP
+            if gap > MAX_PIECE_SECONDS:
+                raise too_long(longest)
+            seconds += gap + frame.samples / frame.sample_rate
+            yield gap, frame
+
+
+def too_long(longest: int) -> PredictionException:
+    message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
+    return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
 
 
 # From samples to text
@@ -372,6 +550,8 @@ class LiveHandler(ModelHandler):
             stream (Stream or None): the engine's state, see engine/decoder.py; None when the sequence is over.
             rate (int): Hz, of its pieces.
             resampler (av.AudioResampler or None): to the model's rate, where that is another one.
+            encoding (str): one of ``ENCODINGS``.
+            decoder (tuple or None): of Opus, see ``opus_decoder``.
             samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
             heard (int): samples so far, at the model's rate.
             tokens, frames, log_probs (list): what has settled, see ``Decoder.advance``.
@@ -397,6 +577,8 @@ class LiveHandler(ModelHandler):
         frames: list[int] = dataclasses.field(default_factory=list)
         log_probs: list[float] = dataclasses.field(default_factory=list)
         text: str = ""
+        encoding: str = "pcm"
+        decoder: tuple | None = None
         rules: tuple[float, ...] | None = None
         with_words: bool = False
         begun: int = 0
@@ -414,13 +596,8 @@ class LiveHandler(ModelHandler):
         """As ``ModelHandler``'s.
 
         Raises:
-            ValueError: what ``ModelHandler`` raises; the model file is not one of export_model.py's, or too old; or
-                model-config.yaml has no ``sequenceMaxIdleMSec``.
+            ValueError: what ``ModelHandler`` raises; or the model file is not one of export_model.py's, or too old.
         """
-        config = getattr(context, "model_yaml_config", None) or {}
-        if not isinstance(config.get("sequenceMaxIdleMSec"), int):
-            raise ValueError("model-config.yaml: live speech needs sequenceMaxIdleMSec, a number of milliseconds.")
-        self.max_idle = config["sequenceMaxIdleMSec"] / 1000  # seconds
         self.sequences: dict[str, LiveHandler.Sequence] = {}
         self.over: dict[str, str] = {}
         self.lasted = 0.0  # seconds, the batch before
@@ -454,28 +631,25 @@ class LiveHandler(ModelHandler):
         answers: list[dict] = [{}] * len(data)
         todo, seconds = list(range(len(data))), 0.0
         while todo:
-            # TorchServe puts no two pieces of a sequence into a batch; should it, they are taken one after the other.
+            # Of a sequence's pieces in one batch, sent again after a broken connection, one is taken after the other.
             later, named, pieces = [], set(), {}
             for index in todo:
                 given = context.get_all_request_header(index)
                 headers = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
-                name = given.get(SEQUENCE_ID, "")  # TorchServe makes one up if it does not find the header
+                name = name_of(headers)
                 if name in named:
                     later.append(index)
                     continue
                 named.add(name)
+                if not headers:  # it came over gRPC: as in ``ModelHandler.handle``
+                    context.set_response_header(index, "ts_stream_next", "false")
                 try:
-                    if sum(header.lower() == SEQUENCE_ID for header in given) > 1:
-                        message = f"Write the header {SEQUENCE_ID} in lower case: TorchServe does not see it otherwise."
-                        raise refusal(HTTPStatus.BAD_REQUEST, "NoSequence", message)
                     piece = self._piece(name, headers, data[index])
                 except Exception as error:
                     answers[index] = self._refused(index, context, name, error)
                     continue
                 if piece is None:
                     answers[index] = self._answer(index, context, name)
-                    if int(headers["x-piece"]) > self.sequences[name].piece:
-                        context.set_response_header(index, SEQUENCE_END, name)
                 else:
                     pieces[index] = (name, *piece)
             work = [(self.sequences[name], new, last) for name, new, last, _ in pieces.values()]
@@ -524,35 +698,71 @@ class LiveHandler(ModelHandler):
             if number <= sequence.piece:
                 return None
             if sequence.answer["final"]:
-                if number == sequence.piece + 1 and not len(pcm_of(request)):
+                if number == sequence.piece + 1 and not body_of(request):
                     return None
                 message = f"The sequence ended with piece {sequence.piece}: begin another one, under another name."
                 raise refusal(HTTPStatus.GONE, "SequenceEnded", message)
             if number > sequence.piece + 1:
                 message = f"Piece {sequence.piece + 1} is missing: send it before piece {number}."
                 raise refusal(HTTPStatus.CONFLICT, "MissingPiece", message)
-        pcm = pcm_of(request)
+        body = body_of(request)
         if sequence is None:
             sequence = self._opened(headers)
-        longest, seconds = self.settings["max_audio_seconds"], len(pcm) / sequence.rate
-        if seconds > MAX_PIECE_SECONDS or (sequence.begun + sequence.heard) / SAMPLE_RATE + seconds > longest:
-            message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
-            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
-        new = waveform_of(sequence, pcm, last)
+        longest, heard = self.settings["max_audio_seconds"], (sequence.begun + sequence.heard) / SAMPLE_RATE
+        if sequence.encoding == "opus":
+            new = self._decoded(name, sequence, body, last)
+        else:
+            pcm = pcm_of(body, sequence.encoding)
+            if len(pcm) / sequence.rate > min(MAX_PIECE_SECONDS, longest - heard):
+                raise too_long(longest)
+            new = waveform_of(sequence, pcm, last)
         self.sequences[name] = sequence
         return new, last, number
+
+    def _decoded(self, name: str, sequence: Sequence, body: bytes, last: bool) -> torch.Tensor:
+        """The samples (n,), at the model's rate, that a piece of a stream of Opus completes.
+
+        Raises:
+            PredictionException: the stream is broken or too long. The sequence is then over, unless it was told so
+                before its decoder has got the piece.
+        """
+        longest, samples = self.settings["max_audio_seconds"], [torch.empty(0)]
+        if len(body) > MAX_OPUS_BYTES:
+            raise too_long(longest)
+        if not body and not sequence.decoder:
+            return samples[0]
+        sequence.decoder = fed, heard = sequence.decoder or opus_decoder(longest)
+        try:
+            with limited_memory(longest):
+                for part in [body] * bool(body) + [None] * last:
+                    fed.put(part)
+                    samples.append(heard.get())
+                    if isinstance(samples[-1], Exception):
+                        raise samples[-1]
+            if sequence.begun + sequence.heard + sum(map(len, samples)) > longest * SAMPLE_RATE:
+                raise too_long(longest)
+        except Exception:
+            fed.put(None)
+            if name in self.sequences:
+                self._drop(name, "failed")
+            raise
+        return torch.cat(samples)
 
     def _opened(self, headers: dict[str, str]) -> Sequence:
         most = self.settings["max_sequences"]
         if self._open() >= most:
             message = f"All {most} places are taken: try again when somebody has finished."
             raise refusal(HTTPStatus.SERVICE_UNAVAILABLE, "TooManySequences", message)
-        rate = headers.get("x-sample-rate", str(SAMPLE_RATE))
+        encoding = headers.get("x-encoding", "pcm").lower()
+        if encoding not in ENCODINGS:
+            message = f"The header x-encoding must be one of {', '.join(ENCODINGS)}."
+            raise refusal(HTTPStatus.BAD_REQUEST, "BadEncoding", message)
+        rate = headers.get("x-sample-rate", str(ENCODINGS[encoding]))
         if not NUMBER.fullmatch(rate) or not RATES[0] <= int(rate) <= RATES[1]:
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
             raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        sequence = self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+        sequence = self.Sequence(self.model.begin(), int(rate), resampler, encoding=encoding, used=time.monotonic())
         sequence.rules = rules_of(headers, self.settings)
         sequence.with_words = wants_words(headers)
         return sequence
@@ -641,8 +851,6 @@ class LiveHandler(ModelHandler):
     def _refused(self, index: int, context, name: str, error: Exception) -> dict:
         if name in self.sequences and not isinstance(error, PredictionException):
             self._drop(name, "failed")  # what it has heard is not known any more
-        if name not in self.sequences or self.sequences[name].answer.get("final"):
-            context.set_response_header(index, SEQUENCE_END, name)
         return refused(index, context, error)
 
     def _open(self) -> int:
@@ -652,11 +860,15 @@ class LiveHandler(ModelHandler):
     def _forget(self, now: float) -> None:
         """Drop what has been idle for too long."""
         for name, sequence in list(self.sequences.items()):
-            if now - sequence.used > self.max_idle:
-                self._drop(name, f"was idle for more than {self.max_idle:g} s" if sequence.stream else "has ended")
+            if now - sequence.used > self.settings["max_idle_seconds"]:
+                self._drop(
+                    name,
+                    f"was idle for more than {self.settings['max_idle_seconds']} s" if sequence.stream else "has ended",
+                )
 
     def _drop(self, name: str, why: str) -> None:
-        del self.sequences[name]
+        if decoder := self.sequences.pop(name).decoder:
+            decoder[0].put(None)  # or its thread would wait for ever
         self.over[name] = why
         if len(self.over) > REMEMBERED:
             del self.over[next(iter(self.over))]

@@ -259,15 +259,10 @@ def workers_of(config: dict[str, str], name: str) -> list[dict]:
 
 
 def has_ready_worker(config: dict[str, str], name: str = MODEL_NAME) -> bool:
-    """Whether a model takes requests: one of its workers, or of the live one all.
-
-    A worker that dies comes back by itself, but for one of the live model, to which TorchServe then still sends new
-    sequences, never to be answered.
-    """
+    """Whether a model takes requests: one of its workers does. A worker that dies comes back by itself."""
     # What TorchServe says of a worker is not enough: one that it has lost over gRPC stays "READY".
     workers = workers_of(config, name)
-    ready = [worker["status"] == "READY" and psutil.pid_exists(worker["pid"]) for worker in workers]
-    return any(ready) and (name != LIVE_NAME or all(ready))
+    return any(worker["status"] == "READY" and psutil.pid_exists(worker["pid"]) for worker in workers)
 
 
 def recovers(config: dict[str, str], names: list[str]) -> bool:

@@ -121,7 +121,7 @@ def memory(name: str, model: Path, pcm: bytes) -> None:
 @contextmanager
 def one_worker(model: Path) -> Iterator[Server]:
     """The server, its live worker held to the first core, all else to the others."""
-    live = {"minWorkers": 1, "maxWorkers": 1, "maxNumSequence": 200, "batchSize": 200, "max_sequences": 200}
+    live = {"batchSize": 200, "max_sequences": 200}
     server = Server(model, live=live)
     try:
         started = server.serve("start")

@@ -12,7 +12,6 @@ What may still change is in grey. In a program, with chunks of 16-bit mono PCM f
 """
 
 import argparse
-import contextlib
 import queue
 import shutil
 import signal
@@ -28,6 +27,12 @@ import requests
 SERVER = "http://127.0.0.1:8080"
 PIECE = 0.16  # seconds
 LONGEST = 20  # seconds in a request; the server takes 30
+# Seconds for an answer: a piece that comes while the server replaces its worker waits for the new one.
+PATIENCE = 120
+# The server does not know the sequence any more, because its worker died or the client was silent for too long.
+LOST = {409, 410, 500, 507}
+MOST_LOST = 3  # one after the other, without an answer
+AGAIN = 5  # seconds, at most, that are heard again after a loss: since the last word came
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -35,8 +40,15 @@ class LiveError(Exception):
     """No text will come any more; the message is a sentence that says why."""
 
 
+class LostError(LiveError):
+    """The server has lost the sequence."""
+
+
 class Speech:
-    """A sequence of pieces of sound, each of which the server answers.
+    """Sound that is sent piece by piece, and the text of it.
+
+    It is one sequence, and another one whenever the server has lost it. What was written until then stays, and what was
+    heard since the last word came is sent again.
 
     Args:
         rate: Hz, of the sound.
@@ -54,44 +66,65 @@ class Speech:
         endpoints: bool | str = False,
         words: bool = False,
     ) -> None:
-        self.url, self.session, self.piece = f"{server}/predictions/emformer_asr_live", requests.Session(), 0
+        self.url, self.session, self.rate = f"{server}/predictions/emformer_asr_live", requests.Session(), rate
         host = urlsplit(server).hostname or ""
         self.session.trust_env = host not in ("localhost", "::1") and not host.startswith("127.")  # no proxy to here
-        self.headers = {"Content-Type": "application/octet-stream", "ts_request_sequence_id": uuid.uuid4().hex}
+        self.headers = {"Content-Type": "application/octet-stream"}
         self.headers |= {"x-sample-rate": str(rate), "x-endpoints": str(endpoints), "x-words": str(words)}
         self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self.kept = self.text = ""  # of the utterance: before the sequence, and from it
+        self.recent = b""  # since the last word came
+        self._begin()
 
     def send(self, pcm: bytes, last: bool = False) -> dict:
-        """The answer to the next piece, as docs/live.md has it.
+        """The answer to the next piece, as docs/live.md has it; its text begins with what was written before a loss.
 
-        The piece is sent again if the connection breaks: it does not count twice. After a time-out its worker has died.
+        The piece is sent again if the connection breaks: it does not count twice.
 
         Args:
             pcm: 16-bit little-endian mono samples, up to 30 s.
             last: whether no other will come.
 
         Raises:
-            LiveError: the server refuses the piece, or does not answer.
+            LiveError: the server refuses the piece, or does not answer, or has lost ``MOST_LOST`` sequences.
         """
+        for left in reversed(range(MOST_LOST)):
+            try:
+                answer = self._posted(pcm, last)
+                break
+            except LostError:
+                if not left:
+                    raise
+                self._begin()
+                pcm, self.recent = self.recent + pcm, b""
+        self.recent = b"" if self.text != answer["text"] else (self.recent + pcm)[-2 * AGAIN * self.rate :]
+        self.piece, self.text = self.piece + 1, answer["text"]
+        for utterance in answer.get("utterances", []):
+            utterance["text"], self.kept = f"{self.kept} {utterance['text']}".strip(), ""
+        if self.kept:
+            answer["text"] = f"{self.kept} {self.text}".rstrip()
+            answer["stable"] = min(answer["stable"] + len(self.kept) + 1, len(answer["text"]))
+        return answer
+
+    def _begin(self) -> None:
+        self.kept, self.text, self.piece = f"{self.kept} {self.text}".strip(), "", 0
+        self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
+
+    def _posted(self, pcm: bytes, last: bool) -> dict:
         headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
         for pause in (0.2, 0.5, 1.0, None):
             try:
-                response = self.session.post(self.url, pcm, headers=headers, timeout=10)
+                response = self.session.post(self.url, pcm, headers=headers, timeout=PATIENCE)
                 if response.ok:
-                    self.piece += 1
                     return response.json()
                 message = response.json()["message"] if response.content else response.reason
-                raise LiveError(f"The server says {response.status_code}: {message}")
+                error = LostError if response.status_code in LOST else LiveError
+                raise error(f"The server says {response.status_code}: {message}")
             except requests.RequestException as error:
                 if pause is None or not isinstance(error, requests.ConnectionError):
                     break
                 time.sleep(pause)
         raise LiveError(f"No server answers at {self.url}: start it with make run-live.")
-
-    def close(self) -> None:
-        """Say that the answer to the last piece is here and need not be kept."""
-        with contextlib.suppress(requests.RequestException):
-            self.session.post(self.url, b"", headers=self.headers | {"x-piece": str(self.piece)}, timeout=1)
 
 
 def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER, **options) -> Iterator[str]:
@@ -111,7 +144,6 @@ def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER
         for begin in range(0, len(chunk), longest):
             yield from texts(speech.send(chunk[begin : begin + longest]))
     yield from texts(speech.send(b"", last=True))
-    speech.close()
 
 
 def texts(answer: dict) -> list[str]:
@@ -186,7 +218,6 @@ def main() -> None:
                 break
         speech = speech or Speech(16_000, args.server, args.token, args.endpoints)
         show(speech.send(b"", last=True), args.endpoints)
-        speech.close()
     except LiveError as error:
         sys.exit(f"\n{error}")
 

@@ -239,8 +239,7 @@ def test_a_worker_that_cannot_start_is_given_up_and_the_health_check_says_so(new
 
 
 def test_with_token_authorisation_only_the_token_opens_the_server(new_server, digits_pt):
-    one = {"minWorkers": 1, "maxWorkers": 1}
-    server = new_server(digits_pt, config="disable_token_authorization=false\n", live=one)
+    server = new_server(digits_pt, config="disable_token_authorization=false\n", live={})
     text = server.config.read_text().replace("disable_token_authorization=true\n", "")
     server.config.write_text(text)
     server.start()

@@ -1,13 +1,14 @@
 """What is promised of live speech: the whole's text from any pieces, and a clear answer to every piece."""
 
+import base64
 import functools
-import io
 import json
 import random
 import re
 import statistics
+import threading
 import time
-import wave
+import uuid
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -16,22 +17,21 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLES, Worker, transcripts
+from conftest import ROOT, SAMPLES, Worker, encode, transcripts
 from ts.context import Context, RequestProcessor
 
 import export_model
 from benchmarks import engine
 from handler import decode_audio, words_of
-from live import LiveHandler
-
-IDLE = {"sequenceBatching": True, "sequenceMaxIdleMSec": 10_000}
+from live import LiveHandler, opus_decoder
+from live import pcm_of as pcm_in
 
 
 class LiveWorker:
     """One handler of the live archive, driven as TorchServe's worker does it."""
 
     def __init__(self, model, **settings: int) -> None:
-        config = IDLE | {"handler": settings}
+        config = {"handler": settings}
         manifest = {"model": {"serializedFile": model.name}}
         self.context = Context("emformer_asr_live", str(model.parent), manifest, 1, None, "0", model_yaml_config=config)
         self.handler = LiveHandler()
@@ -44,10 +44,6 @@ class LiveWorker:
         bodies = self.handler.handle([{"body": bytearray(pcm)} for _, pcm in pieces], self.context)
         json.dumps(bodies)  # or the whole batch would fail
         return [(self.context.get_response_status(i)[0], body) for i, body in enumerate(bodies)]
-
-    def ends(self, index: int = 0) -> bool:
-        """Whether the answer told TorchServe that the sequence is over."""
-        return "ts_request_sequence_end" in self.context.get_response_headers(index)
 
 
 def headers(name: str, piece: int, last: bool = False, **others: str) -> dict[str, str]:
@@ -174,22 +170,48 @@ def test_the_end_may_be_anywhere(live, worker, strings, samples):
             assert (answer["text"], answer["words"]) == ("", [])
 
 
-@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
-def test_other_rates_give_what_the_whole_file_gives(live, worker, rate):
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
-    pcm = b""
-    with av.open(str(SAMPLES / "three-digits.wav")) as container:
-        for frame in [*container.decode(audio=0), None]:
-            pcm += b"".join(each.to_ndarray().tobytes() for each in resampler.resample(frame))
-    file = io.BytesIO()
-    with wave.open(file, "wb") as output:
-        output.setparams((1, 2, rate, 0, "NONE", ""))
-        output.writeframes(pcm)
-    pieces = cut(pcm, random.Random(rate))
-    answer = say(live, f"rate-{rate}", pieces, **{"x-sample-rate": str(rate)})
-    [(status, text)] = worker.answer({"body": bytearray(file.getvalue())})
-    assert (status, answer["text"]) == (200, text)
-    assert text == "four seven two"
+# Of the table in docs/live.md: x-encoding, rate in Hz, container and codec of a whole file that holds the same.
+ENCODINGS = [("pcm", rate, "wav", "pcm_s16le") for rate in (8_000, 16_000, 24_000, 44_100, 48_000)]
+ENCODINGS += [("mulaw", 8_000, "wav", "pcm_mulaw"), ("alaw", 8_000, "wav", "pcm_alaw")]
+ENCODINGS += [("opus", 48_000, "webm", "libopus"), ("opus", 48_000, "ogg", "libopus")]
+
+
+def spoken_as(rate: int, container: str, codec: str) -> tuple[bytes, bytes]:
+    """The sample as a file, and what of it goes into pieces: all of a stream of Opus, else without the header."""
+    resampler, parts = av.AudioResampler(format="flt", layout="mono", rate=rate), []
+    with av.open(str(SAMPLES / "three-digits.wav")) as file:
+        for frame in [*file.decode(audio=0), None]:
+            parts += [part.to_ndarray() for part in resampler.resample(frame)]
+    whole = encode(np.concatenate(parts, axis=1), rate, container, codec)
+    return whole, whole if codec == "libopus" else whole[whole.index(b"data") + 8 :]
+
+
+@pytest.mark.parametrize(("encoding", "rate", "container", "codec"), ENCODINGS)
+def test_every_format_gives_what_the_whole_file_gives(live, worker, encoding, rate, container, codec):
+    whole, sent = spoken_as(rate, container, codec)
+    pieces = cut(sent, random.Random(rate), longest=3.0)
+    answer = say(live, f"{container}-{codec}-{rate}", pieces, **{"x-encoding": encoding, "x-sample-rate": str(rate)})
+    pcm = decode_audio(whole)
+    assert answer["text"] == "four seven two"
+    [(tokens, score, frames, log_probs), *_] = worker.handler._search([worker.handler._features(pcm)])[0]
+    hypothesis, naming = (tokens, score, frames, log_probs), (worker.handler.tokens_to_text, worker.handler.word_delays)
+    words = words_of(hypothesis, len(pcm) / 16_000, *naming)
+    assert [[word["word"], word["start"], word["end"]] for word in answer["words"]] == [
+        [word["word"], word["start"], word["end"]] for word in words
+    ]
+
+
+@pytest.mark.parametrize("container", ["webm", "ogg"])
+def test_a_stream_of_opus_in_pieces_has_the_samples_of_the_whole(container):
+    whole, sent = spoken_as(48_000, container, "libopus")
+    for size in (1000, 7, len(sent)):
+        fed, heard = opus_decoder(3600)
+        pieces = []
+        for part in [sent[i : i + size] for i in range(0, len(sent), size)] + [None]:
+            fed.put(part)
+            pieces.append(heard.get(timeout=60))
+        assert torch.equal(torch.cat(pieces), decode_audio(whole))
+        assert size == len(sent) or len([piece for piece in pieces if len(piece)]) > 2  # not all at the end
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -413,8 +435,7 @@ def test_a_wrong_first_piece_is_refused_with_a_sentence(live, sent, status, kind
     [(code, error)] = live.answer((headers("wrong", 0) | sent, SECOND))
     assert (code, error["code"], error["type"]) == (status, status, kind)
     assert len(error["message"]) > 30
-    assert live.ends()  # and takes no place
-    assert live.answer((headers(f"right-{len(live.handler.over)}", 0, True), SECOND))[0][0] == 200
+    assert sent.get("ts_request_sequence_id", "wrong") not in live.handler.sequences  # and takes no place
 
 
 def test_bytes_that_are_no_pcm_are_refused_and_the_sequence_goes_on(live, worker, strings):
@@ -427,39 +448,100 @@ def test_bytes_that_are_no_pcm_are_refused_and_the_sequence_goes_on(live, worker
     assert_same(worker, pcm, answer)
 
 
+def no_pcm() -> dict[str, bytes]:
+    """What clients send for PCM, at whole numbers of samples."""
+    speech = decode_audio((SAMPLES / "three-digits.wav").read_bytes())
+    sent = {name: (SAMPLES / name).read_bytes() for name in transcripts("digits")}
+    sent["an MP3 with a tag"] = b"ID3\x04" + bytes(300)
+    sent["FLAC"] = encode(speech[None].numpy(), 16_000, "flac", "flac", "s16")
+    sent["JSON"] = json.dumps({"data": [round(float(x), 4) for x in speech[:5000]]}).encode()
+    sent["base64"] = base64.b64encode(pcm_of(speech))
+    sent["text"] = "Le temps est très beau hier soir. ".encode() * 40
+    sent["float32"] = speech.numpy().tobytes()
+    sent["float32, quiet"] = (speech * 0.01 + torch.randn(len(speech)) * 1e-5).numpy().tobytes()
+    return {name: data[: len(data) // 4 * 4] for name, data in sent.items()}
+
+
+@pytest.mark.parametrize("name", sorted(no_pcm()))
+def test_what_is_no_pcm_is_refused_with_a_sentence_and_the_sequence_may_begin(live, name):
+    sequence = uuid.uuid4().hex
+    [(status, error)] = live.answer((headers(sequence, 0), no_pcm()[name]))
+    assert (status, error["type"]) == (400, "NotPCM") and len(error["message"]) > 30
+    assert live.answer((headers(sequence, 0, True), SECOND))[0][0] == 200
+
+
+def test_whatever_is_pcm_is_taken_for_it():
+    """Speech, noise of every level, tones, square waves and silence, in pieces of a few samples to three seconds."""
+    rng, time_axis = np.random.default_rng(27), np.arange(48_000)
+    sounds = [decode_audio((SAMPLES / name).read_bytes()).numpy() for name in sorted(transcripts("digits"))]
+    sounds += [rng.standard_normal(48_000) * level for level in (1.5e-5, 1e-4, 1e-3, 0.03, 0.3, 1.0, 30.0)]
+    sounds += [np.zeros(48_000), np.full(48_000, 1 / 32_768), rng.choice([-1.0, 1.0], 48_000)]
+    for level in np.linspace(0.01, 1.0, 34):  # whatever it is, half of the samples of some look like float32's
+        sounds += [level * np.sin(np.pi * share * time_axis + 0.7) for share in (0.01, 0.25, 0.5, 0.999, 1.0)]
+        sounds += [level * np.sign(np.sin(np.pi * share * time_axis + 0.7)) for share in (0.01, 0.25, 0.5, 1.0)]
+    for sound in sounds:
+        pcm = (sound * 32_768).round().clip(-32_768, 32_767).astype("<i2").tobytes()
+        for size in (20, 200, 5120, 20_000, 96_000):
+            assert pcm_in(pcm[:size], "pcm").tobytes() == pcm[:size]
+            assert len(pcm_in(pcm[:size], "mulaw")) == len(pcm_in(pcm[:size], "alaw")) == len(pcm[:size])
+
+
+def test_an_unknown_encoding_is_refused(live):
+    [(status, error)] = live.answer((headers("format", 0, **{"x-encoding": "mp3"}), SECOND))
+    assert (status, error["type"]) == (400, "BadEncoding") and "mulaw" in error["message"]
+
+
+OPUS = {"x-encoding": "opus"}
+
+
+def test_a_broken_stream_of_opus_gets_one_clear_error_and_leaves_nothing_behind(live):
+    threads, (whole, _) = threading.active_count(), spoken_as(48_000, "webm", "libopus")
+    noise = np.random.default_rng(1).bytes(300_000)
+    matroska = encode(np.zeros((1, 48_000)), 48_000, "matroska", "pcm_s16le", "s16")
+    long = encode(np.zeros((1, 48_000 * 40)), 48_000, "ogg", "libopus")
+    for name, pieces, wanted in [
+        ("pcm", [SECOND], (400, "BrokenStream")),
+        ("not-opus", [matroska, b"", matroska], (400, "BrokenStream")),
+        ("noise-within", [whole[:2000], noise[:100_000], noise[100_000:]], (400, "BrokenStream")),
+        ("forty-seconds", [long], (413, "AudioTooLong")),
+    ]:
+        answers = [live.answer((headers(name, number, **OPUS), piece))[0] for number, piece in enumerate(pieces)]
+        errors = [(status, answer["type"]) for status, answer in answers if status != 200]
+        assert errors[0] == wanted, (name, answers)
+        assert all(error in ((410, "SequenceEnded"), (409, "UnknownSequence")) for error in errors[1:]), (name, errors)
+    assert live.answer((headers("huge", 0, **OPUS), whole[:1000] + bytes(3_000_000)))[0][0] == 413
+    for number, last in enumerate((False, True)):
+        assert live.answer((headers("empty", number, last, **OPUS), b""))[0][0] == 200
+    deadline = time.monotonic() + 60
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+
+
 def test_a_missing_piece_is_asked_for_and_the_sequence_goes_on(live):
     assert live.answer((headers("gap", 0), SECOND))[0][0] == 200
     [(status, error)] = live.answer((headers("gap", 2), SECOND))
     assert (status, error["type"]) == (409, "MissingPiece") and "Piece 1 is missing" in error["message"]
-    assert not live.ends()
     assert [live.answer((headers("gap", n, n == 2), SECOND))[0][0] for n in (1, 2)] == [200, 200]
 
 
 def test_after_the_end_there_is_no_piece(live):
     assert live.answer((headers("ended", 0, True), SECOND))[0][0] == 200
-    assert not live.ends()
     [(status, error)] = live.answer((headers("ended", 1), SECOND))
     assert (status, error["type"]) == (410, "SequenceEnded")
-    assert live.ends()
 
 
-def test_the_last_piece_may_be_sent_again_until_the_client_says_that_it_has_the_answer(live):
+def test_the_last_piece_may_be_sent_again(live):
     [(_, answer)] = live.answer((headers("kept", 0, True), SECOND))
     for _ in range(3):
         assert live.answer((headers("kept", 0, True), SECOND)) == [(200, answer)]
-        assert not live.ends()
-    for name, piece in (("kept", 1), ("kept", 0)):
-        assert live.answer((headers(name, piece), b"")) == [(200, answer)]
-        assert live.ends() == (piece == 1)
+    assert live.answer((headers("kept", 1), b"")) == [(200, answer)]
 
 
 @pytest.mark.parametrize("header", ["Ts_request_sequence_id", "TS_REQUEST_SEQUENCE_ID", "Ts_Request_Sequence_Id"])
-def test_a_header_that_torchserve_overlooks_is_refused(live, header):
-    """TorchServe then makes up a name, which the client never sent."""
-    sent = headers("ts-seq-made-up", 0) | {header: "mine"}
-    [(status, error)] = live.answer((sent, SECOND))
-    assert (status, error["type"]) == (400, "NoSequence") and "lower case" in error["message"]
-    assert live.context.get_response_headers(0)["ts_request_sequence_end"] == "ts-seq-made-up"
+def test_the_name_s_header_may_be_spelled_in_any_case(live, header):
+    [(status, answer)] = live.answer(({header: f"mine-{header}", "x-piece": "0", "x-last-piece": "true"}, SECOND))
+    assert (status, answer["sequence"]) == (200, f"mine-{header}")
 
 
 def test_a_form_without_the_sound_is_refused(live):

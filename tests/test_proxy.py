@@ -27,7 +27,7 @@ RAW = {"Content-Type": "application/octet-stream"}
 @pytest.fixture(scope="module")
 def whole(digits_pt):
     """A server for whole files and live speech."""
-    server = Server(digits_pt, live={"minWorkers": 1, "maxWorkers": 1})
+    server = Server(digits_pt, live={})
     server.start()
     yield server
     server.remove()
