@@ -15,6 +15,8 @@
   with pauses between them and white noise over all, in pieces of 160 ms: which pauses ended an utterance, how many ends
   were elsewhere, and how much sound had come after a word until the answer with its final text, beside the time that
   the answer takes.
+- speech: the share of sounds about which the answer is so sure that somebody spoke: the clips, white noise at 3 levels,
+  and recordings of the folder REAL_SPEECH if there is one.
 - partials: the same clips alone, and strings of speakers set aside in the folder REAL_SPEECH if there is one, in pieces
   of 160 ms: the share of shown words that changed later, and how much sound had come after a word's end until it was
   stable.
@@ -64,6 +66,7 @@ PAUSES = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # seconds between the clips of a string
 NOISES = (40, 20, 10)  # dB below speech
 SILENCES = (None, 600, 800, 1000)  # milliseconds of the rule for silence after a word
 STRINGS = 4  # of each kind
+SURE = (0.3, 0.4, 0.5, 0.6, 0.8)  # what a client may ask of ``speech``
 
 
 def p95(times: list[float]) -> float:
@@ -276,14 +279,14 @@ def answers_to(worker: LiveWorker, sounds: list[torch.Tensor], **choices: str) -
 
 
 def endpoints(name: str, model: Path, _: bytes) -> None:
-    worker = LiveWorker(model)
+    worker, strings = LiveWorker(model), [string(seed, noise) for noise in NOISES for seed in range(STRINGS)]
     for silence in SILENCES:
         choices = {"x-endpoints": f"2400,{silence},20000"} if silence else {}
+        told = list(zip(strings, answers_to(worker, [sound for sound, *_ in strings], **choices), strict=True))
         for noise in NOISES:
-            strings = [string(seed, noise) for seed in range(STRINGS)]
             ended, elsewhere, delays, wrong, words = dict.fromkeys(PAUSES, 0), 0, [], 0, 0
-            told = answers_to(worker, [sound for sound, *_ in strings], **choices)
-            for (sound, texts, pauses), answers in zip(strings, told, strict=True):
+            these, told = told[:STRINGS], told[STRINGS:]
+            for (sound, texts, pauses), answers in these:
                 utterances = [(at, each) for at, answer in answers for each in answer.get("utterances", [answer])]
                 heard = [each["text"] for _, each in utterances if "reason" in each or each["final"]]
                 said = " ".join(texts).split()
@@ -304,14 +307,38 @@ def endpoints(name: str, model: Path, _: bytes) -> None:
             print("|", " | ".join(map(str, row)), "|", flush=True)
 
 
+def real(kind: str) -> list[torch.Tensor]:
+    """Some recordings (samples,) of speakers that were set aside, in the folder REAL_SPEECH."""
+    paths = [path for _, path in recordings_of_speakers_set_aside(kind)]
+    return [decode_audio(path.read_bytes()) for path in paths[:: -(-len(paths) // 100) or 1]]
+
+
+def speech(name: str, model: Path, _: bytes) -> None:
+    worker, generator = LiveWorker(model, max_sequences=100), torch.Generator().manual_seed(0)
+    noise = [level * torch.randn(3 * RATE, generator=generator) for level in (0.003, 0.03, 0.2) for _ in range(20)]
+    sources = {"synthesised strings": [sound for _, sound in clips()], "white noise": noise}
+    sources |= {"real strings": real("string"), "real single digits": real("isolated"), "other words": real("negative")}
+    for source, sounds in sources.items():
+        if sounds:
+            last = [answers[-1][1] for answers in answers_to(worker, sounds)]
+            sure = sorted(answer["speech"] for answer in last if answer["words"])
+            row = [
+                name,
+                source,
+                len(sounds),
+                len(sure),
+                *(f"{100 * sum(s >= t for s in sure) / len(last):.0f}%" for t in SURE),
+            ]
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
 def partials(name: str, model: Path, _: bytes) -> None:
-    real = [decode_audio(path.read_bytes()) for _, path in recordings_of_speakers_set_aside("string")]
-    for source, sounds in (("synthesised", [sound for _, sound in clips()]), ("real", real[:100])):
+    for source, sounds in (("synthesised", [sound for _, sound in clips()]), ("real", real("string"))):
         sounds = [torch.cat([sound, torch.zeros(RATE // 2)]) for sound in sounds]
         for beam_width in (1, 4, 10) if sounds else ():
             shown = changed = 0
             delays = []
-            for answers in answers_to(LiveWorker(model, beam_width=beam_width), sounds):
+            for answers in answers_to(LiveWorker(model, beam_width=beam_width, max_sequences=100), sounds):
                 _, last = answers[-1]
                 texts, before = [answer["text"].split() for _, answer in answers], []
                 for place, text in enumerate(texts):
@@ -340,12 +367,16 @@ TABLES = {
         f"| | silence | noise below speech | {' | '.join(f'{pause} s' for pause in PAUSES)} | elsewhere | median | p95 "
         f"| wrong words |\n{'|---' * (7 + len(PAUSES))}|",
     ),
+    "speech": (
+        speech,
+        f"| | sound | files | with words | {' | '.join(f'{s} or more' for s in SURE)} |\n{'|---' * (4 + len(SURE))}|",
+    ),
     "partials": (
         partials,
         "| | strings | beam | words shown | changed | median | p95 |\n|---|---|---|---|---|---|---|",
     ),
 }
-DIGITS_ONLY = ("delay", "endpoints", "partials")  # what asks for words that mean something
+DIGITS_ONLY = ("delay", "endpoints", "speech", "partials")  # what asks for words that mean something
 
 
 def main() -> None:
