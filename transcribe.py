@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# Read when Ray is imported: nothing is reported to anybody, and what it starts here listens on loopback only.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if not any(argument.startswith("--addr") for argument in sys.argv):
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # as this process: `nice python transcribe.py` makes room for others
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+if __name__ == "__main__":  # read when Ray is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as this process: `nice python transcribe.py` makes room
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not any(argument.startswith("--addr") for argument in sys.argv):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # what starts here listens on loopback only
 try:
     import pyarrow as pa
     import pyarrow.fs

@@ -23,16 +23,19 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "SECURITY.md",
+    ROOT / "deploy" / "README.md",
 ]
 CARDS = [ROOT / "models" / "digits" / "README.md", ROOT / "training" / "README.md"]  # their links are checked, too
-# What no test can run: it does not end, takes long, or needs a microphone, a screen, a download, recordings or Docker.
-# All else is in blocks that are run.
+# What no test can run: it does not end, takes long, or needs a microphone, a screen, a download, recordings or Docker;
+# what test_transcribe.py and test_deploy.py run. All else is in blocks that are run.
 NOT_RUN = [
     "$ make check",
     "$ make test",
     "$ .venv/bin/pip install -r benchmarks/requirements.txt",
     "$ .venv/bin/python benchmarks/engine.py speed",
     "$ .venv/bin/python training/evaluate.py --data FOLDER...",
+    "$ .venv/bin/pip install -r requirements-bulk.txt",
+    "$ .venv/bin/python transcribe.py sample_audio --output results",
     "$ make run-proxy",
     "$ export no_proxy=localhost,127.0.0.1,::1",
     "$ .venv/bin/python clients/live.py",
@@ -40,7 +43,12 @@ NOT_RUN = [
     "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ make run MODEL=librispeech",
     '$ docker build -t emformer-asr --build-arg INDEX_URL="$PYTORCH_CPU_WHEELS" .',
-    "$ docker run --rm -p 127.0.0.1:8080:8080 emformer-asr",
+    "$ docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8080:8080 emformer-asr",
+    "$ bash deploy/image.sh",
+    "$ kubectl kustomize --load-restrictor LoadRestrictionsNone deploy/kubernetes/overlays/digits | kubectl apply -f -",
+    "$ prometheus --config.file=deploy/monitoring/prometheus.yml --web.listen-address=127.0.0.1:9090",
+    "$ promtool test rules deploy/monitoring/rules-test.yml",
+    "$ .venv/bin/python deploy/monitoring/dashboard.py > deploy/monitoring/dashboard.json",
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import os
+import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -119,22 +118,28 @@ def test_a_job_that_was_killed_goes_on_without_losing_or_doubling_a_row(tmp_path
 
 @needs_ray
 @pytest.mark.slow
-def test_a_node_that_dies_costs_no_row_and_doubles_none(tmp_path, digits_pt):
+def test_a_node_that_dies_costs_no_row_and_doubles_none(tmp_path, digits_pt, monkeypatch):
     """Two nodes of a cluster on this machine, an actor on each."""
     audio, output = many(tmp_path / "audio", 300), tmp_path / "results"
     ray, [port] = Path(sys.executable).with_name("ray"), free_ports(1)
-    environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    options = ["--num-cpus", "1", "--object-store-memory", "200000000", "--block", "--include-dashboard=false"]
-    options += ["--temp-dir", tmp_path / "ray"] if len(str(tmp_path)) < 40 else []
-    places = ["--head", f"--port={port}"], [f"--address=127.0.0.1:{port}"]
+    # Ray's head listens on all addresses: whoever has not the token gets nothing.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    options = ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
+    options += ["--min-worker-port=0", "--max-worker-port=0"]
+    head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.2", "--include-dashboard=false"]
     nodes = []
     try:
-        for place in places:
-            more = options if "--head" in place else [*options[:4], "--block"]
-            node = [ray, "start", *place, "--node-ip-address=127.0.0.1", *more]
-            nodes.append(subprocess.Popen(list(map(str, node)), env=environment, stdout=subprocess.DEVNULL))
-            time.sleep(10)
-        address = ["--address", f"127.0.0.1:{port}"]
+        for place in (head, [f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3"]):
+            command = [ray, "start", *place, *options]
+            nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            said = []
+            while "--block" not in "".join(said):
+                said.append(nodes[-1].stdout.readline())
+                assert said[-1], "".join(said)
+        address = ["--address", f"127.0.0.2:{port}"]
         with started(digits_pt, output, audio, *address) as (process, _):
             wait_until(lambda: len(list(output.glob("*.jsonl"))) and len(rows(output)) > 20, "some rows")
             for each in [*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]]:
@@ -199,13 +204,15 @@ def test_a_full_part_ends_and_the_next_begins(tmp_path, monkeypatch, kind):
 
 
 @needs_ray
-def test_an_object_store_is_listed_and_read(tmp_path, digits_pt):
+def test_an_object_store_is_listed_and_read(monkeypatch):
     server = pytest.importorskip("moto.server", reason="needs moto[server]")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     store = server.ThreadedMotoServer(port=0, ip_address="127.0.0.1")
     store.start()
     try:
         host, port = store.get_host_and_port()
-        options = f"?scheme=http&endpoint_override={host}:{port}&access_key=a&secret_key=b&allow_bucket_creation=1"
+        options = f"?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
         system, bucket = transcribe.file_system(f"s3://calls{options}")
         system.create_dir(bucket)
         for name in ("monday/a.webm", "monday/b.txt", "friday/c.webm"):
