@@ -120,16 +120,11 @@ class Int8Linear(torch.nn.Module):
             return torch.nn.functional.linear(input, self.weight * self.scale.unsqueeze(1), self.bias)
         if len(self.packed) == 0:
             self._pack()
-        rows = input.flatten(0, -2)
-        largest = rows.amax(1, keepdim=True)
-        if self.signed:
-            largest = torch.maximum(largest, -rows.amin(1, keepdim=True))
-        largest = largest.clamp(min=self.least)
+        largest = (input.abs() if self.signed else input).amax(-1, keepdim=True).clamp(min=self.least)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows * (self.top / largest), 1.0, self.zero, self.packed[0]
+            input * largest.reciprocal(), 1 / self.top, self.zero, self.packed[0]
         )
-        torch.addcmul(self.bias, product, largest / self.top, out=product)  # in one pass
-        return product.reshape(input.shape[:-1] + product.shape[1:])
+        return torch.addcmul(self.bias, product, largest, out=product)  # in one pass
 
     def _pack(self) -> None:
         zeros = torch.zeros(self.scale.size(0), dtype=torch.int64)
