@@ -20,6 +20,8 @@ from engine.context import Context, steps
 JOINER_ROWS = 7
 # Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
 MAX_TOKENS_PER_FRAME = 100
+# The same where phrases are expected: their bonus can make more tokens likelier than fewer, frame after frame.
+MAX_EXPECTED_PER_FRAME = 10
 
 
 class LSTMLayer(torch.nn.Module):
@@ -158,6 +160,7 @@ class BeamSearch(torch.nn.Module):
         # TorchScript sees attributes, not this file's constants.
         self.joiner_rows: int = JOINER_ROWS
         self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
+        self.max_expected_per_frame: int = MAX_EXPECTED_PER_FRAME
 
     def first_beam(self) -> Beam:
         """One hypothesis: no token but the leading blank."""
@@ -212,10 +215,11 @@ class BeamSearch(torch.nn.Module):
             paths.append(Path(node, len(emissions), float32(score), 0, [], [], torch.empty(0)))
             emissions.append(Emission(-1, -1, -1, 0.0))
 
+        most = self.max_tokens_per_frame if context is None else self.max_expected_per_frame
         for t in range(encodings.size(0)):
             active, ended = paths, torch.jit.annotate(list[Path], [])
             place: dict[int, int] = {}  # of a node in ``ended``
-            for emitted in range(self.max_tokens_per_frame + 1):
+            for emitted in range(most + 1):
                 active = self._joined(active, tree, encodings, t)
                 for path in active:
                     path = with_score(path, path.score + path.blank[t - path.start])
@@ -227,7 +231,7 @@ class BeamSearch(torch.nn.Module):
                     else:
                         place[path.node] = len(ended)
                         ended.append(path)
-                if emitted < self.max_tokens_per_frame:
+                if emitted < most:
                     threshold = -math.inf
                     if len(ended) >= beam_width:
                         threshold = sorted([path.score for path in ended])[-beam_width]
