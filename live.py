@@ -9,6 +9,7 @@ a POST of raw 16-bit little-endian mono PCM with these request headers:
     x-piece                  the piece's number, from 0
     x-last-piece             true with the last piece; one more, empty one says that its answer has come
     x-sample-rate            of the first piece and so of all, in Hz; 16000 if it is not there
+    x-hotwords               with the first piece: phrases that are expected, see ``handler.hotwords_of``
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
 characters will not change any more), ``final`` and, with the last piece, ``words``. The final text is that of the whole
@@ -164,7 +165,7 @@ def transcript(
     word_delays: dict[str, float],
 ) -> dict:
     """The answer to a piece."""
-    _, _, _, (hypotheses, frames, log_probs, _, _), (settled, settled_frames, settled_log_probs) = sequence.stream
+    _, _, _, (hypotheses, frames, log_probs, *_), (settled, settled_frames, settled_log_probs) = sequence.stream
     blank, best = hypotheses[0][0][:1], hypotheses[0][0][1:]
 
     def text(tokens: list[int]) -> str:
@@ -188,7 +189,7 @@ def transcript(
         words = words_of((blank + sequence.tokens + best, hypotheses[0][3], *emitted), duration, processor, word_delays)
         names = ("word", "start", "end", "probability")
         answer["words"] = [{key: word[key] for key in names} for word in words]
-        sequence.stream = sequence.resampler = None  # nothing but the answer is kept
+        sequence.stream = sequence.resampler = sequence.expected = None  # nothing but the answer is kept
         sequence.samples, sequence.tokens, sequence.frames, sequence.log_probs = torch.empty(0), [], [], []
     return answer
 
@@ -222,6 +223,7 @@ class LiveHandler(ModelHandler):
             piece (int): the last piece's number.
             answer (dict): to that piece.
             used (float): time of the last request, in seconds.
+            expected (tuple or None): what the engine takes for the phrases that are expected.
         """
 
         stream: tuple | None
@@ -236,6 +238,7 @@ class LiveHandler(ModelHandler):
         piece: int = -1
         answer: dict = dataclasses.field(default_factory=dict)
         used: float = 0.0
+        expected: tuple | None = None
 
     def initialize(self, context) -> None:
         """As ``ModelHandler``'s.
@@ -359,7 +362,7 @@ class LiveHandler(ModelHandler):
                 raise refusal(HTTPStatus.CONFLICT, "MissingPiece", message)
         pcm = pcm_of(request)
         if sequence is None:
-            sequence = self._opened(headers)
+            sequence = self._opened(request, headers)
         longest, seconds = self.settings["max_audio_seconds"], len(pcm) / sequence.rate
         if seconds > MAX_PIECE_SECONDS or sequence.heard / SAMPLE_RATE + seconds > longest:
             message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
@@ -368,7 +371,7 @@ class LiveHandler(ModelHandler):
         self.sequences[name] = sequence
         return new, last, number
 
-    def _opened(self, headers: dict[str, str]) -> Sequence:
+    def _opened(self, request: dict, headers: dict[str, str]) -> Sequence:
         most = self.settings["max_sequences"]
         if self._open() >= most:
             message = f"All {most} places are taken: try again when somebody has finished."
@@ -377,8 +380,9 @@ class LiveHandler(ModelHandler):
         if not NUMBER.fullmatch(rate) or not RATES[0] <= int(rate) <= RATES[1]:
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
             raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
+        expected = self._expected(request, headers)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        return self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic())
+        return self.Sequence(self.model.begin(), int(rate), resampler, used=time.monotonic(), expected=expected)
 
     def _advance(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
         """Let sequences hear their new samples, all in one call of the engine; what went wrong with each."""
@@ -389,7 +393,8 @@ class LiveHandler(ModelHandler):
                 extracted = time.perf_counter()
                 spent["features"] += extracted - started
                 ended = [last for _, _, last in work]
-                streams = self._streams([sequence.stream for sequence, _, _ in work], features, ended)
+                contexts = [sequence.expected for sequence, _, _ in work]
+                streams = self._streams([sequence.stream for sequence, _, _ in work], features, ended, contexts)
                 spent["engine"] += time.perf_counter() - extracted
         except Exception as error:
             return [error] * len(work)
@@ -399,19 +404,22 @@ class LiveHandler(ModelHandler):
             sequence.stream = stream
         return failures
 
-    def _streams(self, streams: list, features: list[torch.Tensor], ended: list[bool]) -> list:
+    def _streams(
+        self, streams: list, features: list[torch.Tensor], ended: list[bool], contexts: list[tuple | None]
+    ) -> list:
         """The streams after their new features, or what made them fail."""
         if not streams:
             return []
         try:
             features = [each.to(self.device) for each in features]
-            return self.model.advance(streams, features, ended, self.settings["beam_width"])
+            more = [contexts] if any(contexts) else []
+            return self.model.advance(streams, features, ended, self.settings["beam_width"], *more)
         except Exception as error:
             if len(streams) == 1:
                 return [error]
             logger.warning("A batch of %d failed and is taken one by one", len(streams), exc_info=error)
-            each = zip(streams, features, ended, strict=True)
-            return [self._streams([s], [f], [e])[0] for s, f, e in each]
+            each = zip(streams, features, ended, contexts, strict=True)
+            return [self._streams([s], [f], [e], [c])[0] for s, f, e, c in each]
 
     def _answer(self, index: int, context, name: str) -> dict:
         context.set_response_content_type(index, "application/json")

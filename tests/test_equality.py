@@ -484,7 +484,7 @@ def streamed(engine: torch.jit.ScriptModule, utterances: list[torch.Tensor], bea
             for so_far, new in zip(settled[i], stream[4], strict=True):
                 so_far += new
     found = []
-    for (tokens, frames, log_probs), (_, _, _, (hypotheses, last_frames, last_log_probs, _, _), _) in zip(
+    for (tokens, frames, log_probs), (_, _, _, (hypotheses, last_frames, last_log_probs, *_), _) in zip(
         settled, streams, strict=True
     ):
         found.append(
