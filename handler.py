@@ -782,7 +782,7 @@ class ModelHandler:
                 if tokens and spell.unk_id() not in tokens:
                     break
             else:
-                message = f"The model cannot write hotword {number}, {phrase!r}: leave it out or spell it otherwise."
+                message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
                 raise refusal(400, "BadHotwords", message)
             spelt.append(tokens)
         pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
