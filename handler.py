@@ -13,6 +13,7 @@ tokens. Where they refuse, they raise what ``refusal`` makes. Settings: ``DEFAUL
 import base64
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import io
@@ -48,6 +49,7 @@ DEFAULTS = {
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
     "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory
+    "hotwords": None,  # phrases that are expected where a request names none, see ``hotwords_of``
     "sha256": None,  # of the model file, as export_model.py prints it: any other file is refused
 }
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -76,11 +78,14 @@ FORMATS = {
 }
 # Where the audio is looked for, in forms and JSON; "body" is a raw body.
 AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
-TEXT_FIELDS = ("response_format", "audio_track", "prompt", "stream")  # where it is not, whatever their bytes
+TEXT_FIELDS = ("response_format", "audio_track", "hotwords", "prompt", "stream")  # never, whatever their bytes
 BINARY = re.compile(rb"[\x00-\x08\xf8-\xff]")  # bytes that no text has, and the first kilobytes of every audio file
 MAX_FILES = 64  # in one request
 MAX_DEPTH = 8  # of JSON around the audio
 NUMBER = re.compile("[1-9][0-9]{0,14}")
+MAX_HOTWORDS, MAX_HOTWORD_LENGTH, MAX_WEIGHT = 1000, 100, 5.0  # phrases, characters, natural logarithm for a token
+USUAL_WEIGHT = 1.5
+GRAPHS = 4  # lists of hotwords that a worker keeps ready
 DATA_URL = re.compile("data:[^,]{0,200};base64,", re.IGNORECASE)
 URL_SAFE = str.maketrans("-_", "+/")  # from the URL-safe alphabet of base64 to the usual one
 FIELD_BYTES = 1024  # more than the head of a form's field takes
@@ -159,7 +164,9 @@ def settings_of(context, known: dict[str, int | str | None]) -> dict[str, int | 
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"model-config.yaml: handler has no setting {name!r}; it has {', '.join(known)}.")
-        if name == "sha256":
+        if name == "hotwords":
+            valid, values = value is None or isinstance(value, str | list | dict), "phrases"
+        elif name == "sha256":
             valid, values = isinstance(value, str) and SHA256.fullmatch(value), "64 hexadecimal digits, in quotes"
         else:
             valid, values = type(value) is int and value >= 1, "a whole number from 1"  # a bool is an int, too
@@ -187,6 +194,37 @@ def track_of(request: dict, headers: dict[str, str]) -> int | None:
         message = "audio_track (or the header x-audio-track) must be the number of one of the sound tracks, from 1."
         raise refusal(400, "NoSuchTrack", message)
     return int(track) if track else None
+
+
+def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
+    """Phrases that are expected, and their weights, of ``phrase: weight, phrase``, a list of such, or an object."""
+    if isinstance(given, str):
+        given = re.split("[,\n]", given, maxsplit=2 * MAX_HOTWORDS)
+    if isinstance(given, list) and all(isinstance(each, str) for each in given):
+        given = [each.partition(":")[::2] for each in given if each.strip()]
+    elif isinstance(given, dict):
+        given = list(given.items())
+    else:
+        example = "four two, nine: 2"
+        message = f"hotwords (or the header x-hotwords) must be phrases with commas between them, as in: {example}."
+        raise refusal(400, "BadHotwords", message)
+    if len(given) > MAX_HOTWORDS:
+        raise refusal(400, "BadHotwords", f"There are more than {MAX_HOTWORDS} hotwords, the most for a request.")
+    hotwords = []
+    for number, (phrase, weight) in enumerate(given, start=1):
+        try:
+            weight = USUAL_WEIGHT if weight in ("", None) else float(weight)
+        except (TypeError, ValueError, OverflowError):
+            weight = math.nan
+        if not 0 < weight <= MAX_WEIGHT:
+            message = f"The weight of hotword {number} must be a number above 0, at most {MAX_WEIGHT:g}."
+            raise refusal(400, "BadHotwords", message)
+        phrase = str(phrase).strip()
+        if not 0 < len(phrase) <= MAX_HOTWORD_LENGTH:
+            message = f"Hotword {number} must have 1 to {MAX_HOTWORD_LENGTH} characters."
+            raise refusal(400, "BadHotwords", message)
+        hotwords.append((phrase, weight))
+    return tuple(hotwords)
 
 
 def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
@@ -652,6 +690,7 @@ class ModelHandler:
     def __init__(self) -> None:
         self.model = None  # torch.jit.ScriptModule: a scripted ``torchaudio.models.RNNTBeamSearch`` or a drop-in
         self.device = None  # torch.device
+        self.expected = None  # what the engine takes for the phrases in model-config.yaml
         self.initialized = False
 
     def initialize(self, context) -> None:
@@ -695,6 +734,10 @@ class ModelHandler:
             self.settings["max_audio_seconds"] = min(longest, MAX_AUDIO_SECONDS_WITHOUT_OUR_ENGINE)
         logger.info("Loaded %s on %s, settings %s: %s", model_path.name, self.device, self.settings, metadata)
 
+        try:
+            self.expected = self._expected({}, {"x-hotwords": self.settings["hotwords"]})
+        except PredictionException as error:
+            raise ValueError(f"model-config.yaml: handler: {error.message}") from None
         self._warm_up()
         # All that is here now stays. To look through it again and again would stop the worker for a tenth of a second
         # and more, every few hundred requests.
@@ -717,6 +760,36 @@ class ModelHandler:
                 bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
             self.extract_features = bundle.get_feature_extractor()
             self.tokens_to_text = bundle.get_token_processor()
+        self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
+
+    def _expected(self, request: dict, headers: dict[str, str]) -> tuple | None:
+        """What the engine takes for the phrases that are expected, in the field ``hotwords`` or the header."""
+        given = field(request, "hotwords")
+        given = headers.get("x-hotwords") if given is None else given
+        if given is None:
+            return self.expected
+        hotwords = hotwords_of(given)
+        return self._graph(hotwords) if hotwords else None
+
+    def _graph(self, hotwords: tuple[tuple[str, float], ...]) -> tuple:
+        """``hotwords``, spelt in the model's tokens, as the engine takes them."""
+        if not hasattr(self.model, "context"):
+            message = "The model file takes no hotwords: they need one that today's export_model.py has written."
+            raise refusal(400, "NoHotwords", message)
+        spell, silent = self.tokens_to_text.sp_model, self.tokens_to_text.post_process_remove_list
+        spelt = []
+        for number, (phrase, _) in enumerate(hotwords, start=1):
+            for form in (phrase, phrase.lower()):
+                tokens = spell.encode(form)
+                if tokens and spell.unk_id() not in tokens:
+                    break
+            else:
+                message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
+                raise refusal(400, "BadHotwords", message)
+            spelt.append(tokens)
+        pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
+        kinds = [2 if i in silent else int(not piece.startswith("\u2581")) for i, piece in enumerate(pieces)]
+        return self.model.context(spelt, [weight for _, weight in hotwords], torch.tensor(kinds))
 
     def _warm_up(self) -> None:
         """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""
@@ -753,7 +826,8 @@ class ModelHandler:
                 answers[index] = refused(index, context, error)
         every = [sound for request in sounds.values() for sound in request]
         searching = time.perf_counter()
-        for sound, heard in zip(every, self._transcribe([sound.pop("features") for sound in every]), strict=True):
+        features, contexts = ([sound.pop(name) for sound in every] for name in ("features", "expected"))
+        for sound, heard in zip(every, self._transcribe(features, contexts), strict=True):
             sound["heard"] = heard
         spent["engine"] = time.perf_counter() - searching
         for index, request in sounds.items():
@@ -777,6 +851,7 @@ class ModelHandler:
         """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
         response_format = format_of(request, headers, has_times=hasattr(self.model, "decode"))
         sounds, used, track = [], time.thread_time(), track_of(request, headers)
+        expected = self._expected(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
         for audio in audio_files(request, headers):
             started, notes = time.perf_counter(), []
@@ -788,7 +863,8 @@ class ModelHandler:
             features, duration = self._features(waveform), len(waveform) / SAMPLE_RATE
             spent["features"] += time.perf_counter() - decoded
             left -= duration
-            sounds.append({"format": response_format, "features": features, "duration": duration, "notes": notes})
+            sound = {"format": response_format, "features": features, "duration": duration, "notes": notes}
+            sounds.append(sound | {"expected": expected})
         return sounds
 
     def _features(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -811,10 +887,11 @@ class ModelHandler:
                 pieces.append(piece[first - begin : stop])
             return torch.cat(pieces)
 
-    def _search(self, features: list[torch.Tensor]) -> list[list[tuple]]:
+    def _search(self, features: list[torch.Tensor], contexts: Sequence[tuple | None] = ()) -> list[list[tuple]]:
         """Hypotheses for each of ``features`` (T, 80), the best first: (tokens, score, frames, log_probs).
 
         The tokens have the leading blank, the frames and log-probabilities have not; a plain RNNTBeamSearch has none.
+        ``contexts`` are what each one's expected phrases are to the engine.
         """
         features = [utterance.to(self.device) for utterance in features]
         beam_width = self.settings["beam_width"]
@@ -822,21 +899,24 @@ class ModelHandler:
             if hasattr(self.model, "decode"):
                 return [
                     [(h[0], h[3], frames, log_probs) for h, frames, log_probs in zip(*beam[:3], strict=True)]
-                    for beam in self.model.decode(features, beam_width)
+                    for beam in self.model.decode(features, beam_width, *([list(contexts)] if any(contexts) else []))
                 ]
             lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
             beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
             return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
 
-    def _transcribe(self, features: list[torch.Tensor]) -> list[list[tuple] | Exception]:
+    def _transcribe(
+        self, features: list[torch.Tensor], contexts: Sequence[tuple | None] = ()
+    ) -> list[list[tuple] | Exception]:
         """The hypotheses for each of ``features`` (T, 80), or what made it fail."""
         try:
-            return self._search(features)
+            return self._search(features, contexts)
         except Exception as error:
             if len(features) == 1:
                 return [error]
             logger.warning("A batch of %d failed and is taken one by one", len(features), exc_info=error)
-            return [self._transcribe([utterance])[0] for utterance in features]
+            each = zip(features, contexts or [None] * len(features), strict=True)
+            return [self._transcribe([utterance], [context])[0] for utterance, context in each]
 
     def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""

@@ -3,7 +3,7 @@
 The handler of an archive of its own, which handler.py goes into as an extra file. It has one worker, so that all
 requests of a sequence come to the one that keeps the sequence's state between them. TorchServe's ``sequenceBatching``
 would allow several, but never replaces one that dies. A sequence is sent in pieces, each a POST of raw 16-bit
-little-endian mono PCM, or of what ``x-encoding`` names, with these request headers, the last four with the first piece:
+little-endian mono PCM, or of what ``x-encoding`` names, with these request headers, the last five with the first piece:
 
     ts_request_sequence_id   the client's name for the sequence, the same for all its pieces
     x-piece                  the piece's number, from 0
@@ -12,6 +12,7 @@ little-endian mono PCM, or of what ``x-encoding`` names, with these request head
     x-sample-rate            likewise, in Hz; 16000 if it is not there, of ``mulaw`` and ``alaw`` 8000
     x-endpoints              true, or the three ``RULES``: the sequence is divided into utterances where somebody pauses
     x-words                  true: every answer has the words, not the last alone
+    x-hotwords               phrases that are expected, see ``handler.hotwords_of``
 
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
 characters will not change any more), ``final`` and, with the last piece, ``words`` and ``speech``. The final text is
@@ -418,7 +419,7 @@ def transcript(
     if sequence.rules:
         answer["utterances"], sequence.utterances = sequence.utterances, []
     if last:  # nothing but the answer is kept
-        sequence.stream = sequence.resampler = None
+        sequence.stream = sequence.resampler = sequence.expected = None
         sequence.samples = sequence.recent = torch.empty(0)
         sequence.tokens, sequence.frames, sequence.log_probs = [], [], []
     return answer
@@ -426,7 +427,7 @@ def transcript(
 
 def heard_tokens(sequence: "LiveHandler.Sequence") -> Heard:
     """The best hypothesis of the utterance so far: tokens, their frames and log-probabilities."""
-    _, _, _, (hypotheses, frames, log_probs, _, _), _ = sequence.stream
+    _, _, _, (hypotheses, frames, log_probs, *_), _ = sequence.stream
     best = hypotheses[0][0][1:]
     return sequence.tokens + best, sequence.frames + frames[0], sequence.log_probs + log_probs[0]
 
@@ -566,6 +567,7 @@ class LiveHandler(ModelHandler):
             piece (int): the last piece's number.
             answer (dict): to that piece.
             used (float): time of the last request, in seconds.
+            expected (tuple or None): what the engine takes for the phrases that are expected.
         """
 
         stream: tuple | None
@@ -591,6 +593,7 @@ class LiveHandler(ModelHandler):
         piece: int = -1
         answer: dict = dataclasses.field(default_factory=dict)
         used: float = 0.0
+        expected: tuple | None = None
 
     def initialize(self, context) -> None:
         """As ``ModelHandler``'s.
@@ -707,7 +710,7 @@ class LiveHandler(ModelHandler):
                 raise refusal(HTTPStatus.CONFLICT, "MissingPiece", message)
         body = body_of(request)
         if sequence is None:
-            sequence = self._opened(headers)
+            sequence = self._opened(request, headers)
         longest, heard = self.settings["max_audio_seconds"], (sequence.begun + sequence.heard) / SAMPLE_RATE
         if sequence.encoding == "opus":
             new = self._decoded(name, sequence, body, last)
@@ -748,7 +751,7 @@ class LiveHandler(ModelHandler):
             raise
         return torch.cat(samples)
 
-    def _opened(self, headers: dict[str, str]) -> Sequence:
+    def _opened(self, request: dict, headers: dict[str, str]) -> Sequence:
         most = self.settings["max_sequences"]
         if self._open() >= most:
             message = f"All {most} places are taken: try again when somebody has finished."
@@ -761,8 +764,10 @@ class LiveHandler(ModelHandler):
         if not NUMBER.fullmatch(rate) or not RATES[0] <= int(rate) <= RATES[1]:
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
             raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
+        expected = self._expected(request, headers)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
         sequence = self.Sequence(self.model.begin(), int(rate), resampler, encoding=encoding, used=time.monotonic())
+        sequence.expected = expected
         sequence.rules = rules_of(headers, self.settings)
         sequence.with_words = wants_words(headers)
         return sequence
@@ -819,7 +824,8 @@ class LiveHandler(ModelHandler):
                 extracted = time.perf_counter()
                 spent["features"] += extracted - started
                 ended = [last for _, _, last in work]
-                streams = self._streams([sequence.stream for sequence, _, _ in work], features, ended)
+                contexts = [sequence.expected for sequence, _, _ in work]
+                streams = self._streams([sequence.stream for sequence, _, _ in work], features, ended, contexts)
                 spent["engine"] += time.perf_counter() - extracted
         except Exception as error:
             return [error] * len(work)
@@ -829,19 +835,22 @@ class LiveHandler(ModelHandler):
             sequence.stream = stream
         return failures
 
-    def _streams(self, streams: list, features: list[torch.Tensor], ended: list[bool]) -> list:
+    def _streams(
+        self, streams: list, features: list[torch.Tensor], ended: list[bool], contexts: list[tuple | None]
+    ) -> list:
         """The streams after their new features, or what made them fail."""
         if not streams:
             return []
         try:
             features = [each.to(self.device) for each in features]
-            return self.model.advance(streams, features, ended, self.settings["beam_width"])
+            more = [contexts] if any(contexts) else []
+            return self.model.advance(streams, features, ended, self.settings["beam_width"], *more)
         except Exception as error:
             if len(streams) == 1:
                 return [error]
             logger.warning("A batch of %d failed and is taken one by one", len(streams), exc_info=error)
-            each = zip(streams, features, ended, strict=True)
-            return [self._streams([s], [f], [e])[0] for s, f, e in each]
+            each = zip(streams, features, ended, contexts, strict=True)
+            return [self._streams([s], [f], [e], [c])[0] for s, f, e, c in each]
 
     def _answer(self, index: int, context, name: str) -> dict:
         context.set_response_content_type(index, "application/json")

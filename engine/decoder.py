@@ -14,6 +14,7 @@ Source: torchaudio.models.RNNTBeamSearch, whose interface and results these are.
 import torch
 from torchaudio.models import RNNT, Hypothesis
 
+from engine.context import Context, context_graph
 from engine.encoder import Encoder
 from engine.search import Beam, BeamSearch, beam_of
 
@@ -29,7 +30,7 @@ Stream = tuple[
     torch.Tensor,  # features (T, 80) that wait for the rest of their segment or its right context
     int,  # segments that are decoded
     list[torch.Tensor],  # of the encoder, see ``Encoder.forward``, for a batch of 1
-    tuple[list[Hypothesis], list[list[int]], list[list[float]], int, int],  # what ``Beam`` names
+    tuple[list[Hypothesis], list[list[int]], list[list[float]], int, int, list[tuple[int, float]]],  # of a ``Beam``
     Tokens,  # that have settled since the stream before
 ]
 
@@ -64,15 +65,35 @@ class Decoder(torch.nn.Module):
             list[Hypothesis]: the best first: (tokens with the leading blank, predictor output, predictor
             state, score), see ``torchaudio.models.RNNTBeamSearch``.
         """
-        return self.decode([self._unbatched(input, length)], beam_width)[0].hypotheses
+        return self.decode([self._unbatched(input, length)], beam_width, None)[0].hypotheses
 
     @torch.jit.export
-    def decode(self, features: list[torch.Tensor], beam_width: int) -> list[Beam]:
+    def context(self, phrases: list[list[int]], weights: list[float], kinds: torch.Tensor) -> Context:
+        """Phrases that are expected, for ``decode`` and ``advance``.
+
+        Args:
+            phrases (list[list[int]]): the tokens of each, at least one.
+            weights (list[float]): of each, above 0: what one of its tokens adds to a score, a natural logarithm.
+            kinds (Tensor): (vocabulary without blank,), int64: 0 for a token that begins a word, 1 for one that goes
+                on with it, 2 for one that is no text.
+
+        Raises:
+            ValueError: a list is of another length.
+        """
+        if len(phrases) != len(weights) or kinds.numel() != self.search.blank:
+            raise ValueError("context needs a weight for each phrase and a kind for each token but blank")
+        return context_graph(phrases, weights, kinds)
+
+    @torch.jit.export
+    def decode(
+        self, features: list[torch.Tensor], beam_width: int, contexts: list[Context | None] | None = None
+    ) -> list[Beam]:
         """Transcribe many utterances of any lengths.
 
         Args:
             features (list[Tensor]): (T, 80) each, right context included, finite.
             beam_width (int): as in ``forward``.
+            contexts (list[Context or None] or None): of each utterance what ``context`` gave for its phrases.
 
         Returns:
             list[Beam]: one for each utterance.
@@ -85,12 +106,17 @@ class Decoder(torch.nn.Module):
         for utterance in features:
             if utterance.dim() != 2 or utterance.size(1) != self.encoder.input_dim:
                 raise ValueError("features must be of shape (T, D), D as the model's")
+        if contexts is None:
+            contexts = torch.jit.annotate(list[Context | None], [None for _ in features])
         beams = [self.search.first_beam()] * len(features)
         past = self.encoder.empty_past(1)
         for window in self._windows([self.encoder.segments(utterance) for utterance in features]):
             encodings, past = self._encode(features, window, past)
             for i, (utterance, _, _) in enumerate(window):
-                beams[utterance] = self.search(encodings[i], beams[utterance], beam_width)
+                beams[utterance] = self.search(encodings[i], beams[utterance], beam_width, contexts[utterance])
+        for i, context in enumerate(contexts):
+            if context is not None:
+                beams[i] = self.search.without_pending(beams[i], context)
         return beams
 
     @torch.jit.export
@@ -136,7 +162,12 @@ class Decoder(torch.nn.Module):
 
     @torch.jit.export
     def advance(
-        self, streams: list[Stream], features: list[torch.Tensor], ended: list[bool], beam_width: int
+        self,
+        streams: list[Stream],
+        features: list[torch.Tensor],
+        ended: list[bool],
+        beam_width: int,
+        contexts: list[Context | None] | None = None,
     ) -> list[Stream]:
         """Go on with many streams at once, as far as their features go.
 
@@ -151,11 +182,14 @@ class Decoder(torch.nn.Module):
                 context, as in ``decode``.
             ended (list[bool]): whether these are the last ones.
             beam_width (int): as in ``forward``.
+            contexts (list[Context or None] or None): as in ``decode``, for a stream the same in all calls.
 
         Returns:
             list[Stream]: the streams after that; ``streams`` are as they were.
         """
         encoder = self.encoder
+        if contexts is None:
+            contexts = torch.jit.annotate(list[Context | None], [None for _ in streams])
         waiting = [torch.cat([stream[0], new]) for stream, new in zip(streams, features)]  # noqa: B905
         left: list[int] = []  # segments that can be computed
         for utterance, end in zip(waiting, ended):  # noqa: B905 (TorchScript)
@@ -163,7 +197,9 @@ class Decoder(torch.nn.Module):
         done = [0] * len(streams)
         numbers = [stream[1] for stream in streams]
         pasts = [stream[2] for stream in streams]
-        beams = [Beam(stream[3][0], stream[3][1], stream[3][2], stream[3][3], stream[3][4]) for stream in streams]
+        beams: list[Beam] = []
+        for _, _, _, beam, _ in streams:
+            beams.append(Beam(beam[0], beam[1], beam[2], beam[3], beam[4], beam[5]))
         while any([segments > 0 for segments in left]):
             group: list[int] = []
             for i in range(len(streams)):
@@ -181,13 +217,15 @@ class Decoder(torch.nn.Module):
             encodings, past = encoder(rows, index + steps, lengths, past)
             for place, i in enumerate(group):
                 last = min(count * encoder.segment, encoder.frames(waiting[i]) - done[i] * encoder.segment)
-                beams[i] = self.search(encodings[place, :last], beams[i], beam_width)
+                beams[i] = self.search(encodings[place, :last], beams[i], beam_width, contexts[i])
                 # Its own: a slice would keep those of all the others in memory.
                 pasts[i] = [layer[place : place + 1].clone() for layer in past]
                 done[i] += count
                 left[i] -= count
         advanced: list[Stream] = []
-        for i, beam in enumerate(beams):
+        for i, (beam, context) in enumerate(zip(beams, contexts)):  # noqa: B905 (TorchScript)
+            if ended[i] and context is not None:
+                beam = self.search.without_pending(beam, context)
             rest = waiting[i][done[i] * encoder.segment * encoder.stride :].clone()
             advanced.append(stream_of(rest, numbers[i] + done[i], pasts[i], beam))
         return advanced
@@ -257,4 +295,5 @@ def stream_of(features: torch.Tensor, segments: int, past: list[torch.Tensor], b
     hypotheses = [(h[0][:1] + h[0][count + 1 :], h[1], h[2], h[3]) for h in beam.hypotheses]
     frames = [each[count:] for each in beam.frames]
     log_probs = [each[count:] for each in beam.log_probs]
-    return features, segments, past, (hypotheses, frames, log_probs, beam.searched, beam.settled + count), settled
+    rest = (hypotheses, frames, log_probs, beam.searched, beam.settled + count, beam.matched)
+    return features, segments, past, rest, settled

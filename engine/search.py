@@ -13,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torchaudio.models import RNNT, Hypothesis
 
+from engine.context import Context, steps
+
 # Rows (hypotheses x frames) that one call of the joiner is filled up to: XNNPACK's widest kernel computes seven
 # rows in the time in which it reads the weights once.
 JOINER_ROWS = 7
 # Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
 MAX_TOKENS_PER_FRAME = 100
+# The same where phrases are expected: their bonus can make more tokens likelier than fewer, frame after frame.
+MAX_EXPECTED_PER_FRAME = 10
 
 
 class LSTMLayer(torch.nn.Module):
@@ -68,16 +72,21 @@ class Beam(NamedTuple):
     log_probs: list[list[float]]  # of each hypothesis: the log-probability of each token there
     searched: int  # encoder frames so far
     settled: int  # tokens that all of them begin with and that were taken out, see ``Decoder.advance``
+    matched: list[tuple[int, float]]  # of each hypothesis: its state in the context graph, and the bonus in its score
 
 
 class PrefixTree:
     """The token lists of a search, each one a node, and what the predictor makes of them.
 
-    That depends on the tokens alone, so it is computed once a node, however many paths come by.
+    That depends on the tokens alone, so it is computed once a node, however many paths come by. So does what a context
+    graph makes of them.
     """
 
-    def __init__(self, vocabulary: int, root_length: int) -> None:
+    def __init__(self, vocabulary: int, root_length: int, context: Context | None) -> None:
         self.vocabulary = vocabulary
+        self.context = context
+        self.matched = [(0, 0.0)]  # state in the context graph, and the bonus
+        self.steps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a state, see ``engine.context.steps``
         self.children: dict[int, int] = {}  # node * vocabulary + token -> node
         self.lengths = [root_length]  # number of tokens, the leading blank included
         self.outputs = [torch.empty(0)]  # predictor output (D,), empty until it is computed
@@ -91,7 +100,22 @@ class PrefixTree:
             self.lengths.append(self.lengths[node] + 1)
             self.outputs.append(torch.empty(0))
             self.states.append(torch.empty(0))
+            self.matched.append((0, 0.0))
         return self.children[key]
+
+    def gains(self, node: int) -> torch.Tensor:
+        """What each token but blank adds to the bonus, (vocabulary - 1,)."""
+        context, state = self.context, self.matched[node][0]
+        if context is not None and state not in self.steps:
+            self.steps[state] = steps(context, state)
+        return self.steps[state][1]
+
+    def match(self, node: int, parent: int, token: int) -> float:
+        """Set what the context graph makes of ``node``, the child of ``parent``; what the token adds to the bonus."""
+        gain = float(self.gains(parent)[token])
+        state, bonus = self.matched[parent]
+        self.matched[node] = (int(self.steps[state][0][token]), bonus + gain)
+        return gain
 
 
 class Emission(NamedTuple):
@@ -136,6 +160,7 @@ class BeamSearch(torch.nn.Module):
         # TorchScript sees attributes, not this file's constants.
         self.joiner_rows: int = JOINER_ROWS
         self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
+        self.max_expected_per_frame: int = MAX_EXPECTED_PER_FRAME
 
     def first_beam(self) -> Beam:
         """One hypothesis: no token but the leading blank."""
@@ -144,35 +169,57 @@ class BeamSearch(torch.nn.Module):
         output, state = self.predictor(torch.tensor([self.blank], device=device), state)
         return beam_of([self._hypothesis([self.blank], output[0], state[0], 0.0)])
 
+    def without_pending(self, beam: Beam, context: Context) -> Beam:
+        """``beam`` at the end of an utterance: no phrase goes on, and the scores are the model's own again."""
+        hypotheses: list[Hypothesis] = []
+        ranks: list[float] = []
+        for (tokens, output, state, score), (place, bonus) in zip(beam.hypotheses, beam.matched):  # noqa: B905
+            ranks.append((score - float(context[5][place] - context[6][place])) / (len(tokens) + beam.settled + 1))
+            hypotheses.append((tokens, output, state, score - bonus))
+        order: list[int] = torch.tensor(ranks).sort(descending=True, stable=True).indices.tolist()
+        return Beam(
+            [hypotheses[i] for i in order],
+            [beam.frames[i] for i in order],
+            [beam.log_probs[i] for i in order],
+            beam.searched,
+            beam.settled,
+            [beam.matched[i] for i in order],
+        )
+
     def _hypothesis(self, tokens: list[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
         """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
         return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
 
-    def forward(self, encodings: torch.Tensor, beam: Beam, beam_width: int) -> Beam:
+    def forward(self, encodings: torch.Tensor, beam: Beam, beam_width: int, context: Context | None = None) -> Beam:
         """Go on from ``beam`` over (T, D) encodings, by ``RNNTBeamSearch``'s rules.
+
+        With a ``context``, what a token adds to the bonus of its phrases adds to the token's log-probability, and the
+        beam's scores hold the bonus until ``without_pending`` takes it out.
 
         In a frame, every active path ends with blank; the best extensions of the active paths by a token that
         beat the ``beam_width``-th best ended path become the active paths, until there is none.
         """
         beam_width = min(beam_width, self.blank)
         common = common_length(beam.hypotheses)
-        tree = PrefixTree(self.blank + 1, common + beam.settled)
+        tree = PrefixTree(self.blank + 1, common + beam.settled, context)
         # The first ones stand for ``beam``'s hypotheses, with nothing before them.
         emissions: list[Emission] = []
         paths: list[Path] = []
-        for tokens, output, state, score in beam.hypotheses:
+        for (tokens, output, state, score), matched in zip(beam.hypotheses, beam.matched):  # noqa: B905 (TorchScript)
             node = 0
             for token in tokens[common:]:
                 node = tree.child(node, token)
+            tree.matched[node] = matched
             tree.outputs[node] = output[0]
             tree.states[node] = torch.stack([torch.cat(layer) for layer in state])
             paths.append(Path(node, len(emissions), float32(score), 0, [], [], torch.empty(0)))
             emissions.append(Emission(-1, -1, -1, 0.0))
 
+        most = self.max_tokens_per_frame if context is None else self.max_expected_per_frame
         for t in range(encodings.size(0)):
             active, ended = paths, torch.jit.annotate(list[Path], [])
             place: dict[int, int] = {}  # of a node in ``ended``
-            for emitted in range(self.max_tokens_per_frame + 1):
+            for emitted in range(most + 1):
                 active = self._joined(active, tree, encodings, t)
                 for path in active:
                     path = with_score(path, path.score + path.blank[t - path.start])
@@ -184,7 +231,7 @@ class BeamSearch(torch.nn.Module):
                     else:
                         place[path.node] = len(ended)
                         ended.append(path)
-                if emitted < self.max_tokens_per_frame:
+                if emitted < most:
                     threshold = -math.inf
                     if len(ended) >= beam_width:
                         threshold = sorted([path.score for path in ended])[-beam_width]
@@ -196,6 +243,7 @@ class BeamSearch(torch.nn.Module):
         hypotheses: list[Hypothesis] = []
         frames: list[list[int]] = []
         log_probs: list[list[float]] = []
+        matches: list[tuple[int, float]] = []
         for path in best_paths(paths, tree, beam_width):
             own: list[Emission] = []
             last = path.last
@@ -207,7 +255,8 @@ class BeamSearch(torch.nn.Module):
             hypotheses.append(self._hypothesis(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
             frames.append(beam.frames[last] + [beam.searched + emission.frame for emission in own])
             log_probs.append(beam.log_probs[last] + [emission.log_prob for emission in own])
-        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0), beam.settled)
+            matches.append(tree.matched[path.node])
+        return Beam(hypotheses, frames, log_probs, beam.searched + encodings.size(0), beam.settled, matches)
 
     def _extended(
         self,
@@ -246,6 +295,8 @@ class BeamSearch(torch.nn.Module):
                     new_nodes.append(node)
                     new_tokens.append(token)
                     parents.append(tree.states[path.node])
+                if tree.context is not None:
+                    log_prob -= tree.match(node, path.node, token)
                 extensions.append(Path(node, len(emissions), score, t, [], [], torch.empty(0)))
                 emissions.append(Emission(path.last, token, t, log_prob))
         if len(new_nodes) > 0:
@@ -261,14 +312,19 @@ class BeamSearch(torch.nn.Module):
         same product and keeps them for as long as it lives.
         """
         missing: list[torch.Tensor] = []
+        gains: list[torch.Tensor] = []
         for path in paths:
             if t >= path.start + len(path.blank):
                 missing.append(tree.outputs[path.node])
+                if tree.context is not None:
+                    gains.append(tree.gains(path.node))
         if len(missing) == 0:
             return paths
         source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
         target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
         log_probs = torch.log_softmax(self.joiner(source + target), dim=2).cpu()  # (paths, W, V)
+        if len(gains) > 0:
+            log_probs[:, :, : self.blank] += torch.stack(gains).unsqueeze(1)
         blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
         best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
         joined: list[Path] = []
@@ -302,7 +358,7 @@ def beam_of(hypotheses: list[Hypothesis]) -> Beam:
     """A beam that begins with ``hypotheses``; where their tokens were emitted is not known."""
     frames = [torch.jit.annotate(list[int], []) for _ in hypotheses]
     log_probs = [torch.jit.annotate(list[float], []) for _ in hypotheses]
-    return Beam(hypotheses, frames, log_probs, 0, 0)
+    return Beam(hypotheses, frames, log_probs, 0, 0, [(0, 0.0)] * len(hypotheses))
 
 
 def with_score(path: Path, score: float) -> Path:

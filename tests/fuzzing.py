@@ -167,6 +167,9 @@ def request(files: dict[str, bytes], bomb: bytes, rng: random.Random) -> dict:
         fields["response_format"] = rng.choice(["json", "verbose_json", "srt", "vtt", "", "pdf", b"\xff\n", None, 7])
     if rng.random() < 0.1:
         fields["audio_track"] = rng.choice(["1", "2", b"3", 2, "0", "x", b"\xff", None, [1], "9" * 5000])
+    if rng.random() < 0.1:
+        texts = ["one,two:3", b"one\n:", ["one:-1", "two"], {"oh": 10**999, "two": []}, [[]], ",:" * 5000, "\xff: nan"]
+        fields["hotwords"] = rng.choice(texts)
     if rng.random() < 0.05:
         fields["y"] = mutated(files, rng)
     return fields
@@ -183,7 +186,9 @@ def headers(rng: random.Random) -> dict:
     )
     length = rng.choice(["0", "100000000", "-1", "x", "9" * 5000])
     more = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": length} if rng.random() < 0.1 else {}
-    return {rng.choice(["Accept", "accept", "X-Audio-Track", "X-Other"]): rng.choice([value, "1", "2"])} | more
+    return {
+        rng.choice(["Accept", "accept", "X-Audio-Track", "X-Hotwords", "X-Other"]): rng.choice([value, "1", "2"])
+    } | more
 
 
 def requests_of(speech: torch.Tensor, count: int, seed: int) -> Iterator[tuple[dict, dict]]:

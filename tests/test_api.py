@@ -25,6 +25,8 @@ from formats import FILES
 from fuzzing import requests_of
 from google.protobuf import descriptor_pb2, message_factory
 from test_answers import SCHEMA
+from test_hotwords import MISHEARD, SAID
+from test_quality import HELD_OUT
 
 import serve
 
@@ -114,6 +116,15 @@ def test_the_caller_chooses_the_format(server, field, accept, _):
         assert [getattr(cue, "content", None) or cue.text for cue in parse(by_field.text)] == [TEXT]
 
 
+def test_phrases_that_are_expected_are_heard(server):
+    """As a form's field and as a header; the next request is none the wiser."""
+    file = {"file": (HELD_OUT / MISHEARD).read_bytes()}
+    assert requests.post(server.url, files=file, timeout=60).text != SAID
+    assert requests.post(server.url, files=file, data={"hotwords": f"oh oh oh\n{SAID}: 2"}, timeout=60).text == SAID
+    assert requests.post(server.url, files=file, headers={"x-hotwords": SAID}, timeout=60).text == SAID
+    assert requests.post(server.url, files=file, timeout=60).text != SAID
+
+
 def tiny_packets() -> bytes:
     """A file of a packet a sample: 3.5 million of them, where those of the first seconds cost too much."""
     file = bytearray(encode(np.zeros((1, 18 * 192_000), np.float32), 192_000, "caf", "pcm_s16le"))
@@ -126,6 +137,7 @@ REFUSED = {
     "EmptyBody": {"data": b""},
     "NotAudio": {"data": b"RIFF" + bytes(1000)},
     "NoSuchTrack": {"data": AUDIO, "headers": {"x-audio-track": "2"}},
+    "BadHotwords": {"data": AUDIO, "headers": {"x-hotwords": "hello"}},
     "LostFile": {"files": [("file", AUDIO), ("file", AUDIO)]},
     "NoSamples": {"data": AUDIO[: AUDIO.index(b"data")] + b"data" + bytes(4)},
     "UnknownFormat": {"data": AUDIO, "headers": {"Accept": "application/pdf"}},
@@ -135,8 +147,8 @@ REFUSED = {
     "NoAudioStream": {"data": silent_film()},
     "NoDecoder": {"data": encode(np.zeros((1, 9_000), np.float32), 16_000, "mov", "alac").replace(b"alac", b"drms")},
 }
-# What no request can bring about is in test_handler.py.
-ELSEWHERE = {"`NoTimes`", "`InternalError`"}
+# What no request can bring about is in test_handler.py and test_hotwords.py.
+ELSEWHERE = {"`NoTimes`", "`NoHotwords`", "`InternalError`"}
 REFUSALS = [row[:2] for row in table("status", "`type`", "when") if row[1] not in ELSEWHERE]
 
 

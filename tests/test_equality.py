@@ -466,7 +466,13 @@ def bits(beam) -> tuple:
     return [(tokens, score) for tokens, _, _, score in beam.hypotheses], beam.frames, beam.log_probs
 
 
-def streamed(engine: torch.jit.ScriptModule, utterances: list[torch.Tensor], beam_width: int, seed: int) -> list[tuple]:
+def streamed(
+    engine: torch.jit.ScriptModule,
+    utterances: list[torch.Tensor],
+    beam_width: int,
+    seed: int,
+    contexts: list[tuple | None] | None = None,
+) -> list[tuple]:
     """``bits`` of utterances that come in pieces of 1 to 60 feature frames, all of them at once while they last."""
     generator = torch.Generator().manual_seed(seed)
     streams, heard = [engine.begin() for _ in utterances], [0] * len(utterances)
@@ -478,13 +484,14 @@ def streamed(engine: torch.jit.ScriptModule, utterances: list[torch.Tensor], bea
             pieces.append(utterances[i][heard[i] : heard[i] + size])
             heard[i] += size
         ended = [heard[i] >= len(utterances[i]) for i in speaking]
-        advanced = engine.advance([streams[i] for i in speaking], pieces, ended, beam_width)
+        expected = [contexts[i] if contexts else None for i in speaking]
+        advanced = engine.advance([streams[i] for i in speaking], pieces, ended, beam_width, expected)
         for i, stream in zip(speaking, advanced, strict=True):
             streams[i] = stream
             for so_far, new in zip(settled[i], stream[4], strict=True):
                 so_far += new
     found = []
-    for (tokens, frames, log_probs), (_, _, _, (hypotheses, last_frames, last_log_probs, _, _), _) in zip(
+    for (tokens, frames, log_probs), (_, _, _, (hypotheses, last_frames, last_log_probs, *_), _) in zip(
         settled, streams, strict=True
     ):
         found.append(

@@ -23,6 +23,7 @@ import pytest
 import requests
 from conftest import ROOT, SAMPLES, Server, transcripts, wait_until
 from test_api import grpc_call
+from test_hotwords import MISHEARD, SAID, spoken_clip
 from test_live import ENCODINGS, cut, headers, pcm_of, spoken_as
 
 from clients.live import LiveError, transcribe
@@ -111,6 +112,18 @@ def test_twenty_at_once_are_not_mixed_up_whatever_they_do(live, spoken):
     with ThreadPoolExecutor(20) as pool:
         for done in [pool.submit(speak, number) for number in range(20)]:
             done.result()
+
+
+def test_a_sequence_hears_the_phrases_that_its_first_piece_names(live):
+    """And the one beside it, without any, does not."""
+    half, texts = len(spoken_clip(MISHEARD)) // 4 * 2, []
+    speakers, pieces = [Speaker(live), Speaker(live)], [spoken_clip(MISHEARD)[:half], spoken_clip(MISHEARD)[half:]]
+    speakers[0].session.headers["x-hotwords"] = SAID
+    with ThreadPoolExecutor(2) as pool:
+        for number, pcm in enumerate(pieces):
+            answers = pool.map(lambda speaker, n=number, pcm=pcm: speaker.send(n, pcm, last=n == 1), speakers)
+            texts = [answer.json()["text"] for answer in answers]
+    assert texts[0] == SAID != texts[1]
 
 
 def test_the_last_piece_too_may_be_sent_again_one_after_the_other_or_at_once(live, spoken):
