@@ -113,15 +113,14 @@ def strings(worker) -> list[bytes]:
 
 def whole(worker, pcm: bytes, beam_width: int = 1) -> list:
     """The hypotheses for PCM in one request, the best first: (tokens, score, frames, log_probs)."""
-    waveform = torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768
-    features = [worker.handler._features(waveform)]
+    features = [worker.handler._features(waveform_of(pcm))]
     with torch.inference_mode():
         return worker.handler.model.decode(features, beam_width)[0]
 
 
 def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     """The final answer has the tokens, times and probabilities of the whole sound in one request."""
-    [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
+    [(tokens, score, frames, log_probs), *_] = worker.handler._search([waveform_of(pcm)])[0]
     naming = (worker.handler.tokens_to_text, worker.handler.word_delays)
     words = words_of((tokens, score, frames, log_probs), len(pcm) / 32_000, *naming)
     assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
@@ -132,9 +131,9 @@ def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     assert [word["probability"] for word in sequence_answer["words"]] == pytest.approx(probabilities, abs=0.001)
 
 
-def features_of(worker, pcm: bytes) -> torch.Tensor:
-    """Features (T, 80) of PCM, as the handler makes them of a whole file."""
-    return worker.handler._features(torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768)
+def waveform_of(pcm: bytes) -> torch.Tensor:
+    """PCM as (samples,), which the handler makes of a whole file."""
+    return torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768
 
 
 @pytest.mark.parametrize("name", sorted(transcripts("digits")))
