@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -48,6 +47,7 @@ DEFAULTS = {
     "beam_width": 1,  # hypotheses kept after each frame of the search
     "num_threads": 1,  # torch threads of this worker: more, in several workers, would fight for the cores
     "max_audio_seconds": 3600,  # longer audio is refused
+    "max_engine_seconds": 900,  # what the engine has not heard by then is refused: others wait
     "window_segments": 96,  # segments of 160 ms that the encoder takes at once: fewer need less memory
     "hotwords": None,  # phrases that are expected where a request names none, see ``hotwords_of``
     "sha256": None,  # of the model file, as export_model.py prints it: any other file is refused
@@ -129,7 +129,9 @@ SEGMENT_SAMPLES = EMFORMER_RNNT_BASE_LIBRISPEECH.segment_length * HOP_SAMPLES
 RIGHT_CONTEXT = EMFORMER_RNNT_BASE_LIBRISPEECH.right_context_length  # feature frames
 ENCODER_STRIDE = 4  # feature frames to a frame of the encoder
 FRAME_SECONDS = ENCODER_STRIDE * HOP_SAMPLES / SAMPLE_RATE
-PIECE_HOPS = 6000  # features are extracted in pieces of a minute: the spectrum of an hour would take a gigabyte
+SEGMENT_FRAMES = SEGMENT_SAMPLES // HOP_SAMPLES  # feature frames
+# Hops on either side of a piece of sound that hold all samples of its features, and are enough for the extractor.
+MARGIN = -(-WINDOW_SAMPLES // HOP_SAMPLES)
 WARM_UP_RUNS = 4  # before the first request: TorchScript profiles the first two calls and optimises on the third
 # A segment of verbose_json or a subtitle ends where nobody speaks for so long, and before it grows longer than this.
 PAUSE = 0.6  # seconds
@@ -463,16 +465,24 @@ def mended_wav(file: bytes | bytearray) -> bytes | bytearray:
 @contextlib.contextmanager
 def opened(file: bytes | bytearray, limits: Limits) -> Iterator[av.container.InputContainer]:
     """A file in FFmpeg, which looks for its streams meanwhile, in hostile ones for very long."""
-    source, opening = io.BytesIO(file), [True]
+    content, place, opening = memoryview(file), 0, True  # io.BytesIO would copy it
 
     def read(size: int) -> bytes:
+        nonlocal place
         if opening:
             check_time(limits)
-        return source.read(size)
+        part = bytes(content[place : place + size])
+        place += len(part)
+        return part
 
-    reader = types.SimpleNamespace(read=read, seek=source.seek, tell=source.tell)
+    def seek(offset: int, whence: int = 0) -> int:
+        nonlocal place
+        place = max(offset + (0, place, len(content))[whence], 0)
+        return place
+
+    reader = types.SimpleNamespace(read=read, seek=seek, tell=lambda: place)
     with av.open(reader, options=FFMPEG_OPTIONS, metadata_errors="replace") as container:
-        opening.clear()
+        opening = False
         yield container
 
 
@@ -727,7 +737,8 @@ class ModelHandler:
         self.model = model.to(self.device)
         self.model_name = metadata.get("model", model_path.stem)
         self.word_delays = metadata.get("word_delays", {"start": 0.0, "end": 0.0})  # seconds, see export_model.py
-        if hasattr(self.model, "decode"):
+        self.has_times = hasattr(self.model, "advance")
+        if self.has_times:
             self.model.window_segments = self.settings["window_segments"]
         else:
             longest = self.settings["max_audio_seconds"]
@@ -795,8 +806,7 @@ class ModelHandler:
         """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""
         generator = torch.Generator().manual_seed(0)
         for run in range(WARM_UP_RUNS):
-            waveform = torch.randn((run + 1) * SAMPLE_RATE, generator=generator) * 0.1
-            self._search([self._features(waveform)])
+            self._search([torch.randn((run + 1) * SAMPLE_RATE, generator=generator) * 0.1])
 
     def handle(self, data: list[dict], context) -> list[str | dict]:
         """Answer a batch of requests; nothing that is wrong with one of them reaches the others.
@@ -826,10 +836,11 @@ class ModelHandler:
                 answers[index] = refused(index, context, error)
         every = [sound for request in sounds.values() for sound in request]
         searching = time.perf_counter()
-        features, contexts = ([sound.pop(name) for sound in every] for name in ("features", "expected"))
-        for sound, heard in zip(every, self._transcribe(features, contexts), strict=True):
-            sound["heard"] = heard
-        spent["engine"] = time.perf_counter() - searching
+        waveforms, contexts = ([sound.pop(name) for sound in every] for name in ("waveform", "expected"))
+        heard = self._transcribe(waveforms, contexts, spent)
+        spent["engine"] = time.perf_counter() - searching - spent["features"]
+        for sound, hypotheses in zip(every, heard, strict=True):
+            sound["heard"] = hypotheses
         for index, request in sounds.items():
             try:
                 several = len(request) > 1 or "instances" in json_body(data[index])
@@ -848,8 +859,8 @@ class ModelHandler:
         return answers
 
     def _sounds(self, request: dict, headers: dict, spent: Counter[str]) -> list[dict]:
-        """Each audio file of a request, ready for the engine: its features (T, 80), duration and notes."""
-        response_format = format_of(request, headers, has_times=hasattr(self.model, "decode"))
+        """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
+        response_format = format_of(request, headers, has_times=self.has_times)
         sounds, used, track = [], time.thread_time(), track_of(request, headers)
         expected = self._expected(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
@@ -858,65 +869,98 @@ class ModelHandler:
             try:
                 waveform = decode_audio(audio, notes, longest, left, used, track)
             finally:
-                decoded = time.perf_counter()
-                spent["decode"] += decoded - started
-            features, duration = self._features(waveform), len(waveform) / SAMPLE_RATE
-            spent["features"] += time.perf_counter() - decoded
+                spent["decode"] += time.perf_counter() - started
+            duration = len(waveform) / SAMPLE_RATE
             left -= duration
-            sound = {"format": response_format, "features": features, "duration": duration, "notes": notes}
+            sound = {"format": response_format, "waveform": waveform, "duration": duration, "notes": notes}
             sounds.append(sound | {"expected": expected})
         return sounds
 
-    def _features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Features (T, 80) of a waveform (samples,) at ``SAMPLE_RATE``, piece by piece."""
+    def _transcribe(
+        self, waveforms: list[torch.Tensor], contexts: list[tuple | None], spent: Counter[str]
+    ) -> list[list[tuple] | Exception]:
+        """The hypotheses for each of ``waveforms`` (samples,), or what made it fail.
+
+        ``contexts`` are what each one's expected phrases are to the engine.
+        """
+        try:
+            return self._search(waveforms, contexts, spent)
+        except Exception as error:
+            if len(waveforms) == 1:
+                return [error]
+            logger.warning("A batch of %d failed and is taken one by one", len(waveforms), exc_info=error)
+            each = zip(waveforms, contexts, strict=True)
+            return [self._transcribe([waveform], [context], spent)[0] for waveform, context in each]
+
+    def _search(
+        self, waveforms: list[torch.Tensor], contexts: Sequence[tuple | None] = (), spent: Counter[str] | None = None
+    ) -> list[list[tuple] | Exception]:
+        """Hypotheses for each of ``waveforms`` (samples,), the best first: (tokens, score, frames, log_probs).
+
+        The tokens have the leading blank, the frames and log-probabilities have not; a plain RNNTBeamSearch has none.
+        Window by window, so that features and encodings of an hour need no more memory than those of a minute, and
+        within a time: what has not been heard by then gets an exception in place of hypotheses.
+        """
+        spent, beam_width = Counter() if spent is None else spent, self.settings["beam_width"]
+        limit = self.settings["max_engine_seconds"]
+        message = f"To transcribe it takes more than {limit} s, the most for a request: send it in pieces."
+        heard, deadline = [refusal(413, "TooCostly", message)] * len(waveforms), time.monotonic() + limit
+        with torch.inference_mode():
+            if not self.has_times:
+                features = [self._features(waveform).to(self.device) for waveform in waveforms]
+                lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
+                beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
+                return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
+            streams = dict(enumerate(self.model.begin() for _ in waveforms))
+            windows = [self._windows(waveform) for waveform in waveforms]
+            settled = [([], [], []) for _ in waveforms]  # of each: tokens, frames, log_probs
+            while streams and time.monotonic() < deadline:
+                started = time.perf_counter()
+                features, ended = zip(*(next(windows[i]) for i in streams), strict=True)
+                spent["features"] += time.perf_counter() - started
+                work = [list(streams.values()), list(features), list(ended), beam_width]
+                if any(contexts):
+                    work.append([contexts[i] for i in streams])
+                advanced = self.model.advance(*work)
+                for i, stream, end in zip(list(streams), advanced, ended, strict=True):
+                    streams[i] = stream
+                    for known, new in zip(settled[i], stream[4], strict=True):
+                        known += new
+                    if end:
+                        tokens, frames, log_probs = settled[i]
+                        heard[i] = [
+                            (h[0][:1] + tokens + h[0][1:], h[3], frames + own_frames, log_probs + own_log_probs)
+                            for h, own_frames, own_log_probs in zip(*stream[3][:3], strict=True)
+                        ]
+                        del streams[i]
+        return heard
+
+    def _windows(self, waveform: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+        """A waveform's features, as many at a time as complete a window of the engine's; whether they are the last.
+
+        The windows are of one size, because a short one at the end would cost as much as a long one.
+        """
+        frames = max(len(waveform), SEGMENT_SAMPLES) // HOP_SAMPLES + 1
+        segments = -(-(frames - frames % ENCODER_STRIDE) // SEGMENT_FRAMES)
+        count = -(-segments // self.settings["window_segments"])
+        size, begin = -(-segments // count) * SEGMENT_FRAMES, 0
+        for end in (*(number * size + RIGHT_CONTEXT for number in range(1, count)), None):
+            yield self._features(waveform, begin, end).to(self.device), end is None
+            begin = end
+
+    def _features(self, waveform: torch.Tensor, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Feature frames (T, 80) from ``begin`` to before ``end`` of a waveform (samples,).
+
+        Without ``end`` they go on to the last, and to the right context that the extractor puts behind it. It centres
+        a frame on every hop and mirrors the samples at both ends of what it is given: of a part the frames on which
+        that tells are dropped, and what remains are the frames of the whole.
+        """
         missing = SEGMENT_SAMPLES - len(waveform)
         if missing > 0:  # the extractor and the encoder need one segment; silence says nothing
             waveform = torch.nn.functional.pad(waveform, (0, missing))
-        # The extractor centres a frame on every hop and mirrors the samples at both ends of what it is given. A
-        # piece gets as many hops more on either side as half a window covers, and its mirrored frames are dropped:
-        # what remains are the frames of the whole.
-        margin = -(-WINDOW_SAMPLES // 2 // HOP_SAMPLES)  # hops
-        last = len(waveform) // HOP_SAMPLES  # frame
-        pieces = []
-        with torch.inference_mode():
-            for first in range(0, last + 1, PIECE_HOPS):
-                begin, end = max(first - margin, 0), first + PIECE_HOPS + margin
-                piece, _ = self.extract_features(waveform[begin * HOP_SAMPLES : end * HOP_SAMPLES])
-                # The last piece keeps the frames of right context that the extractor puts behind everything.
-                stop = None if first + PIECE_HOPS > last else first - begin + PIECE_HOPS
-                pieces.append(piece[first - begin : stop])
-            return torch.cat(pieces)
-
-    def _search(self, features: list[torch.Tensor], contexts: Sequence[tuple | None] = ()) -> list[list[tuple]]:
-        """Hypotheses for each of ``features`` (T, 80), the best first: (tokens, score, frames, log_probs).
-
-        The tokens have the leading blank, the frames and log-probabilities have not; a plain RNNTBeamSearch has none.
-        ``contexts`` are what each one's expected phrases are to the engine.
-        """
-        features = [utterance.to(self.device) for utterance in features]
-        beam_width = self.settings["beam_width"]
-        with torch.inference_mode():
-            if hasattr(self.model, "decode"):
-                return [
-                    [(h[0], h[3], frames, log_probs) for h, frames, log_probs in zip(*beam[:3], strict=True)]
-                    for beam in self.model.decode(features, beam_width, *([list(contexts)] if any(contexts) else []))
-                ]
-            lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
-            beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
-            return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
-
-    def _transcribe(
-        self, features: list[torch.Tensor], contexts: Sequence[tuple | None] = ()
-    ) -> list[list[tuple] | Exception]:
-        """The hypotheses for each of ``features`` (T, 80), or what made it fail."""
-        try:
-            return self._search(features, contexts)
-        except Exception as error:
-            if len(features) == 1:
-                return [error]
-            logger.warning("A batch of %d failed and is taken one by one", len(features), exc_info=error)
-            each = zip(features, contexts or [None] * len(features), strict=True)
-            return [self._transcribe([utterance], [context])[0] for utterance, context in each]
+        first = max(begin - MARGIN, 0)
+        part = waveform[first * HOP_SAMPLES : None if end is None else (end + MARGIN) * HOP_SAMPLES]
+        return self.extract_features(part)[0][begin - first : None if end is None else end - first]
 
     def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""

@@ -343,15 +343,15 @@ def digits(features: torch.Tensor) -> None:
             path = Path(folder) / "emformer_rnnt.pt"
             export_model.export("digits", path, precision)
             handler = handler_for(path)
-            spoken = handler._features(decode_audio(audio_file))
+            spoken = [handler._features(decode_audio(audio_file))]
 
             def engine(beam_width: int, handler=handler, spoken=spoken) -> None:
                 handler.settings["beam_width"] = beam_width
-                handler._search([spoken])
+                handler.model.decode(spoken, beam_width)
 
             def request(beam_width: int, handler=handler) -> None:
                 handler.settings["beam_width"] = beam_width
-                handler._transcribe([handler._features(decode_audio(audio_file))])
+                handler._search([decode_audio(audio_file)])
 
             calls = [
                 lambda f=function, b=beam_width: f(b) for beam_width in (1, 4, 10) for function in (request, engine)
@@ -396,30 +396,28 @@ def in_a_process(kind: str, model: Path, minutes: float, waveform: Path | None =
 
 
 def measure_once(kind: str, model: Path, minutes: float) -> dict[str, float]:
-    """Seconds for features and decoding, and the peak of memory without waveform and features, in bytes."""
+    """Seconds for features and decoding, and the peak of memory in bytes, the waveform and whole features apart."""
     torch.set_num_threads(1)
     handler = handler_for(model)
     source = os.environ.get("WAVEFORM")
     one = torch.load(source) if source else torch.randn(int(SECONDS * SAMPLE_RATE)) * 0.1
     samples = int(minutes * 60 * SAMPLE_RATE)
     waveform = one.repeat(-(-samples // len(one)))[:samples].clone()
-    handler._search([handler._features(one)])
+    handler._search([one])
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without that of loading
     resident = memory("VmRSS")
     started = time.perf_counter()
     with torch.inference_mode():
         if kind == "engine":
-            features = handler._features(waveform)
-            tokens = handler._search([features])[0][0][0]
+            tokens, own = handler._search([waveform])[0][0][0], waveform.numel()
         else:
             features, length = handler.extract_features(waveform)
-            tokens = handler.model(features, length, 1)[0][0]
+            tokens, own = handler.model(features, length, 1)[0][0], waveform.numel() + features.numel()
     seconds = time.perf_counter() - started
-    own = 4 * (waveform.numel() + features.numel())
     return {
         "seconds": seconds,
-        "memory": memory("VmHWM") - own,
-        "own": own,
+        "memory": memory("VmHWM") - 4 * own,
+        "own": 4 * own,
         "resident": resident,
         "tokens": len(tokens) - 1,
     }

@@ -3,27 +3,35 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/soak.py                   # ten minutes
     python benchmarks/soak.py --minutes 60
+    python benchmarks/soak.py --abandoned       # four minutes: what hours that nobody waits for cost the others
 
 A TorchServe of its own on free ports of 127.0.0.1, as `make run` starts it, and Grafana's k6, whose arrivals wait for
 nobody. The requests go round: every sample file, some of them in other answer formats; a minute of speech; and a third
 of requests that have to be refused. Every answer is compared with the one that is right. Memory
 (resident), open files and threads of the worker and of Java are read every few seconds, and how much of the processors
 a hypervisor takes away: on a shared machine that is where latencies come from.
+
+With --abandoned, requests of one second arrive twice a second and wait for nobody, while clients send an hour of audio
+and hang up: with one worker, with two, and with one that may be held for ABANDONED_LIMIT seconds.
 """
 
 import argparse
 import csv
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
+import requests
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,6 +44,8 @@ from tests.conftest import BIN, SAMPLES, Server, silent_film, transcripts  # noq
 LOAD = 0.7
 WARM_UP = 1 / 6  # of the whole time; growth and drift are counted from there
 PARTS = 6  # of the time after that, for the latencies
+ABANDONED = 2  # hours that are sent and not waited for
+ABANDONED_LIMIT = 5  # seconds
 SCRIPT = """
 import http from 'k6/http';
 import exec from 'k6/execution';
@@ -205,15 +215,68 @@ def draw(readings: list[dict[str, float]], latencies: list[tuple[float, float]],
     figure.savefig(path, dpi=100)
 
 
+def latencies_of(server: Server, audio: bytes, seconds: float) -> list[float]:
+    """Milliseconds that requests took which were sent twice a second for so long; infinite if they were refused."""
+
+    def ask(_: int) -> float:
+        started = time.monotonic()
+        answer = requests.post(server.url, files={"file": audio}, timeout=600)
+        return 1000 * (time.monotonic() - started) if answer.ok else float("inf")
+
+    with ThreadPoolExecutor(200) as pool:
+        asked = []
+        for number in range(round(2 * seconds)):
+            asked.append(pool.submit(ask, number))
+            time.sleep(0.5)
+        return [each.result() for each in asked]
+
+
+def abandon(server: Server, audio: bytes) -> None:
+    """Send a file and hang up."""
+    url = urlsplit(server.url)
+    with socket.create_connection((url.hostname, url.port)) as connection:
+        head = f"POST {url.path} HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/octet-stream\r\n"
+        connection.sendall(f"{head}Content-Length: {len(audio)}\r\n\r\n".encode() + audio)
+
+
+def abandoned(model: Path, folder: Path) -> None:
+    """Print the latencies of short requests before and while hours are abandoned."""
+    clip = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
+    second = write(folder / "second.wav", clip[: engine.SAMPLE_RATE]).read_bytes()
+    hour = write(folder / "hour.wav", clip.repeat(3600 * engine.SAMPLE_RATE // len(clip))).read_bytes()
+    print(
+        "\nrequests of one second, ms                 alone: p50       p95     beside hours: p50        p95   refused"
+    )
+    for workers, limit in ((1, 900), (2, 900), (1, ABANDONED_LIMIT)):
+        server = Server(model, batchSize=1, minWorkers=workers, maxWorkers=workers, max_engine_seconds=limit)
+        try:
+            server.start()
+            latencies_of(server, second, 2)
+            alone = latencies_of(server, second, 10)
+            for _ in range(ABANDONED):
+                abandon(server, hour)
+            beside = latencies_of(server, second, 30)
+        finally:
+            server.remove()
+        figures = [percentile(own, percent) for own in (alone, beside) for percent in (50, 95)]
+        label = f"{workers} workers, max_engine_seconds {limit}"
+        print(
+            f"{label:36} {''.join(f'{figure:15.0f}' for figure in figures)} {beside.count(float('inf')):9}", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("soak.png"))
+    parser.add_argument("--abandoned", action="store_true", help="only what abandoned requests cost the others")
     args = parser.parse_args()
     print(f"{engine.processor()}")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "emformer_rnnt.pt")
         export_model.export("digits", model)
+        if args.abandoned:
+            return abandoned(model, Path(folder))
         minute = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes()).repeat(6)
         asked = requests_to_send(Path(folder), write(Path(folder, "minute.wav"), minute))
         server = Server(model, batchSize=1)

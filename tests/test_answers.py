@@ -206,7 +206,7 @@ def naming(worker) -> tuple:
 
 
 def test_probabilities_are_those_of_the_tokens(worker, speech):
-    [[(tokens, _, _, log_probs), *_]] = worker.handler._search([worker.handler._features(speech)])
+    [[(tokens, _, _, log_probs), *_]] = worker.handler._search([speech])
     body = verbose(worker, THREE_DIGITS)
     # Each word is a mark and a token.
     assert len(log_probs) == len(tokens) - 1 == 2 * len(body["words"])
@@ -216,7 +216,7 @@ def test_probabilities_are_those_of_the_tokens(worker, speech):
 
 
 def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speech):
-    [[(tokens, score, frames, _), *_]] = worker.handler._search([worker.handler._features(speech)])
+    [[(tokens, score, frames, _), *_]] = worker.handler._search([speech])
     tokens, frames = tokens[:1] + tokens[2::2], frames[1::2]
     words = words_of((tokens, score, frames, [-1.0] * len(frames)), 3.0, *naming(worker))
     assert [word["word"] for word in words] == TEXT.split()
@@ -242,7 +242,7 @@ def test_verbose_json_has_the_types_of_openais_client(worker, speech):
 def test_what_a_segment_says_of_itself_is_true(worker, speech):
     [segment] = verbose(worker, THREE_DIGITS)["segments"]
     assert worker.handler.tokens_to_text(segment["tokens"]) == TEXT
-    [[(tokens, *_), *_]] = worker.handler._search([worker.handler._features(speech)])
+    [[(tokens, *_), *_]] = worker.handler._search([speech])
     assert segment["tokens"] == tokens[1:]
     text = TEXT.encode()
     assert segment["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=1e-4)

@@ -3,9 +3,11 @@
 import base64
 import inspect
 import io
+import itertools
 import resource
 import socket
 import struct
+import time
 import types
 from fractions import Fraction
 
@@ -77,13 +79,16 @@ def test_a_bad_file_does_not_spoil_its_batch(worker):
 
 
 def test_a_failure_inside_the_engine_is_one_500_and_the_rest_of_the_batch_is_answered(worker, monkeypatch):
+    model = worker.handler.model
+
     class FailsOnShort:
-        def decode(self, features: list[torch.Tensor], beam_width: int) -> list:
+        begin = model.begin
+
+        def advance(self, streams: list, features: list[torch.Tensor], ended: list[bool], beam_width: int) -> list:
             if min(map(len, features)) < 100:
                 raise RuntimeError("secret detail")
-            return model.decode(features, beam_width)
+            return model.advance(streams, features, ended, beam_width)
 
-    model = worker.handler.model
     monkeypatch.setattr(worker.handler, "model", FailsOnShort())
     short = {"body": encode(quiet_noise(0.5), 16_000, "wav", "pcm_s16le")}
     first, (status, body), last = worker.answer({"body": THREE_DIGITS}, short, {"body": THREE_DIGITS})
@@ -602,6 +607,19 @@ def test_the_encoders_window_is_a_setting_and_changes_no_word(digits_pt, worker)
     assert (small.handler.model.window_segments, worker.handler.model.window_segments) == (3, 96)
     audio = (SAMPLES / "card-number.m4a").read_bytes()
     assert small.transcribe(audio) == worker.transcribe(audio) != ""
+
+
+def test_what_the_engine_has_not_heard_in_time_is_refused_and_its_batch_is_answered(digits_pt, monkeypatch):
+    worker, seconds = Worker(digits_pt, {"max_engine_seconds": 5, "window_segments": 20}), itertools.count()
+    clock = types.SimpleNamespace(
+        monotonic=lambda: next(seconds), perf_counter=time.perf_counter, thread_time=time.thread_time
+    )
+    monkeypatch.setattr(handler, "time", clock)  # as if every window took a second
+    long = {"body": encode(quiet_noise(60), 16_000, "wav", "pcm_s16le")}
+    first, (status, body), last = worker.answer({"body": THREE_DIGITS}, long, {"body": THREE_DIGITS})
+    assert (status, body["type"], first, last) == (413, "TooCostly", (200, TEXT), (200, TEXT))
+    assert "5 s" in body["message"]
+    assert worker.answer({"body": THREE_DIGITS}) == [(200, TEXT)]
 
 
 def test_a_worker_uses_the_threads_it_is_given(digits_pt):

@@ -109,15 +109,14 @@ def strings(worker) -> list[bytes]:
 
 def whole(worker, pcm: bytes, beam_width: int = 1) -> list:
     """The hypotheses for PCM in one request, the best first: (tokens, score, frames, log_probs)."""
-    waveform = torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768
-    features = [worker.handler._features(waveform)]
+    features = [worker.handler._features(waveform_of(pcm))]
     with torch.inference_mode():
         return worker.handler.model.decode(features, beam_width)[0]
 
 
 def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     """The final answer has the tokens, times and probabilities of the whole sound in one request."""
-    [(tokens, score, frames, log_probs), *_] = worker.handler._search([features_of(worker, pcm)])[0]
+    [(tokens, score, frames, log_probs), *_] = worker.handler._search([waveform_of(pcm)])[0]
     naming = (worker.handler.tokens_to_text, worker.handler.word_delays)
     words = words_of((tokens, score, frames, log_probs), len(pcm) / 32_000, *naming)
     assert sequence_answer["text"] == worker.handler.tokens_to_text(tokens)
@@ -128,9 +127,9 @@ def assert_same(worker, pcm: bytes, sequence_answer: dict) -> None:
     assert [word["probability"] for word in sequence_answer["words"]] == pytest.approx(probabilities, abs=0.001)
 
 
-def features_of(worker, pcm: bytes) -> torch.Tensor:
-    """Features (T, 80) of PCM, as the handler makes them of a whole file."""
-    return worker.handler._features(torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768)
+def waveform_of(pcm: bytes) -> torch.Tensor:
+    """PCM as (samples,), which the handler makes of a whole file."""
+    return torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32)) / 32_768
 
 
 @pytest.mark.parametrize("name", sorted(transcripts("digits")))
@@ -193,7 +192,7 @@ def test_every_format_gives_what_the_whole_file_gives(live, worker, encoding, ra
     answer = say(live, f"{container}-{codec}-{rate}", pieces, **{"x-encoding": encoding, "x-sample-rate": str(rate)})
     pcm = decode_audio(whole)
     assert answer["text"] == "four seven two"
-    [(tokens, score, frames, log_probs), *_] = worker.handler._search([worker.handler._features(pcm)])[0]
+    [(tokens, score, frames, log_probs), *_] = worker.handler._search([pcm])[0]
     hypothesis, naming = (tokens, score, frames, log_probs), (worker.handler.tokens_to_text, worker.handler.word_delays)
     words = words_of(hypothesis, len(pcm) / 16_000, *naming)
     assert [[word["word"], word["start"], word["end"]] for word in answer["words"]] == [

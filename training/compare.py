@@ -80,7 +80,7 @@ def main() -> None:
 
         def recognise(waveform: torch.Tensor, handler=handler) -> str:
             with torch.inference_mode():
-                return handler.tokens_to_text(handler._search([handler._features(waveform)])[0][0][0])
+                return handler.tokens_to_text(handler._search([waveform])[0][0][0])
 
         recognisers[f"this model, {precision}, beam {beam_width}"] = (recognise, megabytes(export_model.DIGITS))
     model = Path(pocketsphinx.get_model_path()) / "en-us"
