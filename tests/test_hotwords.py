@@ -266,7 +266,8 @@ class Old:
     """An engine that was exported before there were phrases."""
 
     def __init__(self, model) -> None:
-        self.decode = lambda features, beam_width: model.decode(features, beam_width)
+        self.begin = model.begin
+        self.advance = lambda streams, features, ended, beam_width: model.advance(streams, features, ended, beam_width)
 
 
 # Live
