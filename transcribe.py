@@ -187,7 +187,7 @@ class Transcriber:
             with system.open_input_file(place) as stream:
                 if stream.size() > MAX_BYTES:
                     return failed | {"error": f"TooLarge: The file has more than {MAX_BYTES} bytes: compress it."}
-                audio = bytearray(stream.read())
+                audio = stream.read()
             self.context.request_processor = [RequestProcessor({"accept": CONTENT})]
             [answer] = self.handler.handle([{"body": audio}], self.context)
         except Exception as error:

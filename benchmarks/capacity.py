@@ -58,10 +58,11 @@ def front(folder: Path) -> None:
                     found = benchmark.load(server, body, executor="constant-vus", vus=clients, duration=f"{SECONDS}s")
                     after = benchmark.snapshot(server)
                     wall = after["time"] - before["time"]
-                    java, handlers = ((after[name] - before[name]) / wall for name in ("java", "workers"))
+                    handled = wall * found["rate"]
+                    java, worker = (1000 * (after[name] - before[name]) / handled for name in ("java", "workers"))
                     print(
-                        f"{workers} workers, {body.stat().st_size:6} bytes, {clients:2} clients: {found['rate']:6.0f} "
-                        f"requests/s, median {found['p50']:5.2f} ms, cores: Java {java:.2f}, workers {handlers:.2f}",
+                        f"{workers} workers, {body.stat().st_size:6} bytes, {clients:2} clients: {found['rate']:4.0f} "
+                        f"a second; processor time of each: Java {java:.2f} ms, worker {worker:.2f} ms",
                         flush=True,
                     )
         finally:
