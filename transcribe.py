@@ -375,6 +375,8 @@ def main() -> None:
         results = Results(args.output, job)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(str(error))
+    if not sizes:
+        sys.exit("There is no file in what was named.")
     total = len(sizes)
     sizes = {file: size for file, size in sizes.items() if printable(file) not in results.done}
     print(f"{total} files, {total - len(sizes)} of them have their row in {args.output} already.", flush=True)
