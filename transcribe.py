@@ -187,7 +187,7 @@ class Transcriber:
             with system.open_input_file(place) as stream:
                 if stream.size() > MAX_BYTES:
                     return failed | {"error": f"TooLarge: The file has more than {MAX_BYTES} bytes: compress it."}
-                audio = bytearray(stream.read())
+                audio = stream.read()
             self.context.request_processor = [RequestProcessor({"accept": CONTENT})]
             [answer] = self.handler.handle([{"body": audio}], self.context)
         except Exception as error:
@@ -375,6 +375,8 @@ def main() -> None:
         results = Results(args.output, job)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(str(error))
+    if not sizes:
+        sys.exit("There is no file in what was named.")
     total = len(sizes)
     sizes = {file: size for file, size in sizes.items() if printable(file) not in results.done}
     print(f"{total} files, {total - len(sizes)} of them have their row in {args.output} already.", flush=True)

@@ -5,8 +5,9 @@
     python benchmarks/bulk.py short     # 10,000 files of two seconds
     python benchmarks/bulk.py long      # one file of ten hours
 
-The digits model in float32. Times of transcribe.py are those that it prints: from the moment at which Ray runs to the
-last row, its actors' start included; what it takes from the first row to the last is the second figure.
+The digits model in float32. An hour of a core is an hour of processor time, of all processes together, Ray's and Java's
+too, so that the figures hold on a machine that others use. It is counted from the first row to the last: what starting
+Ray and its actors takes stands beside it.
 """
 
 import argparse
@@ -46,27 +47,25 @@ def write(path: Path, samples: torch.Tensor, times: int = 1) -> Path:
 
 
 def bulk(model: Path, audio: Path, output: Path, actors: int) -> dict[str, float]:
-    """Run transcribe.py: seconds of audio, seconds in all and between the first row and the last, GB at most."""
+    """Run transcribe.py: files, seconds of audio, of processor time and of the clock, files a second, most GB."""
     command = [sys.executable, "transcribe.py", audio, "--model", model, "--output", output, "--actors", actors]
-    started, first, last, peak = time.monotonic(), None, None, {}
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    used, memory, marks = {}, {"actor": 0.0, "driver": 0.0}, []  # marks: rows, processor time, clock
     ended = threading.Event()
 
     def watch() -> None:
-        nonlocal first, last
-        size = 0
         while not ended.wait(0.2):
-            parts = sum(part.stat().st_size for part in output.glob("part-*"))
-            if parts > size:
-                size, last = parts, time.monotonic()
-                first = first or last
-            for each in psutil.Process(process.pid).children(recursive=True):
-                try:
-                    name = each.cmdline()[0] if "Transcriber" in each.cmdline()[0] else each.name()
-                    peak[name] = max(peak.get(name, 0), each.memory_info().rss / 1e9)
-                except (psutil.Error, IndexError):
-                    continue
-            peak["driver"] = max(peak.get("driver", 0), psutil.Process(process.pid).memory_info().rss / 1e9)
+            try:
+                for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                    with each.oneshot():
+                        times, name = each.cpu_times(), "driver" if each.pid == process.pid else "actor"
+                        used[each.pid] = times.user + times.system
+                        memory[name] = max(memory[name], each.memory_info().rss / 1e9)
+            except psutil.Error:
+                continue
+            rows = sum(part.read_bytes().count(b"\n") for part in output.glob("*.jsonl"))
+            if rows and (not marks or rows > marks[-1][0]):
+                marks[1:] = [(rows, sum(used.values()), time.monotonic())]
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -76,22 +75,26 @@ def bulk(model: Path, audio: Path, output: Path, actors: int) -> dict[str, float
     rows = [json.loads(line) for part in output.glob("*.jsonl") for line in part.read_text().splitlines()]
     if process.returncode or not rows or any(row["error"] for row in rows):
         sys.exit(f"{said}\n{[row['error'] for row in rows if row['error']][:3]}")
-    actor = max((size for name, size in peak.items() if "Transcriber" in name), default=0.0)
+    (first, start, began), (last, end, ended_at) = marks[0], marks[-1]
+    # At the first row the other actors are, on average, half-way through a file.
+    done = last - first - (actors - 1) / 2
     return {
         "files": len(rows),
-        "audio": sum(row["duration"] for row in rows),
-        "seconds": float(re.search(r"in (\S+) s", said)[1]),
-        "steady": last - first,
-        "all": time.monotonic() - started,
-        "actor GB": actor,
-        "driver GB": peak["driver"],
-    }
+        "audio": done * rows[0]["duration"],
+        "processor": end - start,
+        "starting": start,
+        "rate": (last - first) / (ended_at - began) if last > first else 0.0,
+        "clock": float(re.search(r"in (\S+) s", said)[1]),
+    } | memory
 
 
-def report(name: str, cores: int, audio: float, seconds: float, more: str = "") -> float:
+def report(name: str, audio: float, processor: float, more: str = "") -> float:
     """Print a line; returns hours of audio an hour of a core."""
-    speed = audio / seconds / cores
-    print(f"{name:44} {audio / 3600:6.2f} h in {seconds:7.1f} s: {speed:6.1f} h an hour of a core{more}", flush=True)
+    speed = audio / processor
+    print(
+        f"{name:40} {audio / 3600:6.2f} h of audio, {processor:7.1f} s: {speed:6.1f} h an hour of a core{more}",
+        flush=True,
+    )
     return speed
 
 
@@ -104,18 +107,10 @@ def cores(folder: Path, model: Path, files: int) -> None:
     paths = [write(audio / f"{number:04}.wav", minute) for number in range(files)]
     torch.set_num_threads(1)
     worker = Worker(model)
-    started = time.monotonic()
+    started = time.process_time()
     for path in paths[: files // 2]:
         worker.transcribe(path.read_bytes())
-    report("one process, the handler alone", 1, MINUTE * (files // 2), time.monotonic() - started)
-    speeds = {}
-    for actors in (1, 2):
-        given = bulk(model, audio, folder / f"results{actors}", actors)
-        # The first row comes when the first file is done: what follows is all but one file an actor.
-        done = given["audio"] * (1 - actors / given["files"])
-        speeds[actors] = report(f"transcribe.py, {actors} actors, first row to last", actors, done, given["steady"])
-        report(f"transcribe.py, {actors} actors, with their start", actors, given["audio"], given["seconds"])
-    print(f"two actors against one: {speeds[2] / speeds[1]:.0%}")
+    alone = report("one process, the handler alone", MINUTE * (files // 2), time.process_time() - started)
     server = Server(model, minWorkers=2, maxWorkers=2, batchSize=1)
     try:
         server.start()
@@ -124,44 +119,52 @@ def cores(folder: Path, model: Path, files: int) -> None:
             headers = {"Accept": "application/json;profile=verbose", "Content-Type": "application/octet-stream"}
             requests.post(server.url, data=path.read_bytes(), headers=headers, timeout=600).raise_for_status()
 
+        def processor() -> float:
+            return sum(sum(each.cpu_times()[:2]) for each in server.processes())
+
         with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
             list(pool.map(ask, paths[:CONNECTIONS]))
-            started = time.monotonic()
+            started = processor()
             list(pool.map(ask, paths))
-            report(f"server, 2 workers, {CONNECTIONS} connections", 2, MINUTE * files, time.monotonic() - started)
+            report(f"server, 2 workers, {CONNECTIONS} connections", MINUTE * files, processor() - started)
     finally:
         server.remove()
+    speeds = {}
+    for actors in (1, 2):
+        given = bulk(model, audio, folder / f"results{actors}", actors)
+        more = f"; {given['starting']:.0f} s more to start and for the first file"
+        speeds[actors] = report(f"transcribe.py, actors: {actors}", given["audio"], given["processor"], more)
+    print(f"two actors against one: {speeds[2] / speeds[1]:.0%}; against one process: {speeds[2] / alone:.0%}")
 
 
 def short(folder: Path, model: Path, files: int) -> None:
     """Very many short files."""
     audio = folder / "audio"
     audio.mkdir()
-    one = write(
-        folder / "two-seconds.wav", decode_audio((SAMPLES / "three-digits.wav").read_bytes())[: 2 * SAMPLE_RATE]
-    )
+    digits = decode_audio((SAMPLES / "three-digits.wav").read_bytes())
+    one = write(folder / "two-seconds.wav", digits[: 2 * SAMPLE_RATE])
     for number in range(files):
         (audio / f"{number:06}.wav").hardlink_to(one)
     given = bulk(model, audio, folder / "results", 2)
-    more = f"; {given['files'] / given['steady']:.0f} files a second, driver {given['driver GB']:.2f} GB"
-    report(f"{files} files of 2 s, 2 actors", 2, given["audio"], given["steady"], more)
+    more = f"; {given['rate']:.0f} files a second; {given['driver']:.2f} GB at most in transcribe.py"
+    report(f"{files} files of 2 s, actors: 2", given["audio"], given["processor"], more)
 
 
 def long(folder: Path, model: Path, hours: int) -> None:
     """One very long file."""
-    minute = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
-    times = round(hours * 3600 * SAMPLE_RATE / len(minute))
-    given = bulk(model, write(folder / "long.wav", minute, times), folder / "results", 1)
-    more = f"; actor {given['actor GB']:.2f} GB, driver {given['driver GB']:.2f} GB"
-    report(f"one file of {hours} h", 1, given["audio"], given["seconds"], more)
+    digits = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
+    times = round(hours * 3600 * SAMPLE_RATE / len(digits))
+    given = bulk(model, write(folder / "long.wav", digits, times), folder / "results", 1)
+    more = f", start included; {given['actor']:.2f} GB at most in its actor"
+    report(f"one file of {hours} h", times * len(digits) / SAMPLE_RATE, given["starting"], more)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("cores", "short", "long"))
-    parser.add_argument("--size", type=int, help="files of `cores` (200), of `short` (10,000); hours of `long` (10)")
+    parser.add_argument("--size", type=int, help="files of `cores` (60), of `short` (10,000); hours of `long` (10)")
     args = parser.parse_args()
-    measure, size = {"cores": (cores, 200), "short": (short, 10_000), "long": (long, 10)}[args.what]
+    measure, size = {"cores": (cores, 60), "short": (short, 10_000), "long": (long, 10)}[args.what]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "emformer_rnnt.pt")
         export_model.export("digits", model)

@@ -11,6 +11,7 @@ nothing else: workers that take such times, arrivals as k6 makes them, one queue
 
 import argparse
 import itertools
+import math
 import random
 import statistics
 import sys
@@ -32,10 +33,11 @@ SECONDS = 15  # of each measurement
 LONE = 100  # requests one by one
 LOADS = (0.3, 0.5, 0.7, 0.9)  # of what the workers can do
 SIMULATED = 20_000  # requests
-# What a core does, from docs/performance.md: live speakers at a time within 160 ms, hours of audio an hour; and the GB
-# of its worker. A pod has as many workers as cores, and Java.
-COSTS = {"digits, fp32": (50, 92, 0.6), "76.7 M, int8": (8, 13.9, 0.8)}
-WORKERS, JAVA_GB = 2, 0.6
+# What a core does: live speakers at a time within 160 ms and the large model's hours of audio an hour from
+# docs/performance.md, the digits' hours from docs/bulk.md; and the GB of its worker.
+COSTS = {"digits, fp32": (50, 177, 0.6), "76.7 M, int8": (8, 13.9, 0.8)}
+PIECES, JAVA_SECONDS = 6.25, 0.0008  # a speaker's pieces a second; Java's processor time for a request, from `front`
+POD_WORKERS, JAVA_GB = 2, 0.6
 PCM, FLAC = 256, 140  # kbit/s of live pieces as they are sent, 16 kHz and 16 bit; of files, about
 
 
@@ -58,10 +60,11 @@ def front(folder: Path) -> None:
                     found = benchmark.load(server, body, executor="constant-vus", vus=clients, duration=f"{SECONDS}s")
                     after = benchmark.snapshot(server)
                     wall = after["time"] - before["time"]
-                    java, handlers = ((after[name] - before[name]) / wall for name in ("java", "workers"))
+                    handled = wall * found["rate"]
+                    java, worker = (1000 * (after[name] - before[name]) / handled for name in ("java", "workers"))
                     print(
-                        f"{workers} workers, {body.stat().st_size:6} bytes, {clients:2} clients: {found['rate']:6.0f} "
-                        f"requests/s, median {found['p50']:5.2f} ms, cores: Java {java:.2f}, workers {handlers:.2f}",
+                        f"{workers} workers, {body.stat().st_size:6} bytes, {clients:2} clients: {found['rate']:4.0f} "
+                        f"a second; processor time of each: Java {java:.2f} ms, worker {worker:.2f} ms",
                         flush=True,
                     )
         finally:
@@ -127,9 +130,10 @@ def plan(_: Path) -> None:
     works = [(f"{count:,} live speakers", count, None) for count in (100, 10_000, 1_000_000)]
     works.append(("1,000,000 hours of audio a day", None, 1_000_000 / 24))
     for (name, speakers, hours), (model, (live, bulk, memory)) in itertools.product(works, COSTS.items()):
-        cores = -(-(speakers / live if speakers else hours / bulk) // 1)
-        pods = -(-cores // WORKERS)
-        gigabytes = cores * memory + pods * JAVA_GB
+        workers = math.ceil(speakers / live if speakers else hours / bulk)
+        java = speakers * PIECES * JAVA_SECONDS if speakers else 0.0
+        cores, pods = math.ceil(workers + java), math.ceil(workers / POD_WORKERS)
+        gigabytes = workers * memory + pods * JAVA_GB
         network = speakers * PCM / 1e6 if speakers else hours * FLAC / 1e6
         print(f"{name:32}{model:14}{cores:10,.0f}{pods:9,.0f}{gigabytes:8,.0f} GB", end="")
         print(f"{network:8,.2f} Gbit/s{24 * cores:18,.0f}")

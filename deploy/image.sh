@@ -20,7 +20,7 @@ if ! images inspect --type image emformer-asr-base >/dev/null 2>&1; then
 fi
 started=$SECONDS
 # shellcheck disable=SC2086
-images bud --quiet --build-arg BASE=localhost/emformer-asr-base --build-arg INDEX_URL="${INDEX_URL:-}" \
+images bud --quiet --format docker --build-arg BASE=localhost/emformer-asr-base --build-arg INDEX_URL="${INDEX_URL:-}" \
   ${BUILD_OPTIONS:-} --tag emformer-asr . >/dev/null
 echo "built in $((SECONDS - started)) s"
 

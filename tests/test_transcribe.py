@@ -45,7 +45,8 @@ def started(*arguments) -> subprocess.Popen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def many(folder: Path, count: int) -> Path:
