@@ -13,8 +13,11 @@ import csv
 import functools
 import itertools
 import random
+import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from handler import USUAL_WEIGHT, ModelHandler, decode_audio  # noqa: E402
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
 BEAM_WIDTHS = (1, 4, 10)
+WARM_UP = 3
 HELD_OUT = ROOT / "tests" / "held_out"
 
 
@@ -85,7 +89,10 @@ def table_of_costs(handler: ModelHandler) -> None:
 
     The digits' are not said. The large network's have a weight of 0.0001, so that it writes what it writes without.
     """
-    print("\nmilliseconds: to spell 1000 phrases; the engine without, with them at beam width", BEAM_WIDTHS)
+    print(
+        "\nmilliseconds of processor time: to spell 1000 phrases; the engine without, with them at beam width",
+        BEAM_WIDTHS,
+    )
     spoken = handler._features(decode_audio((ROOT / "sample_audio" / "card-number.m4a").read_bytes()))
     costs("digits, 6.5 s", handler, spoken, [(phrase, USUAL_WEIGHT) for phrase in lists()["1000 others"]])
     _, features = engine.audio(None)
@@ -100,9 +107,21 @@ def table_of_costs(handler: ModelHandler) -> None:
 def costs(name: str, handler: ModelHandler, features: torch.Tensor, hotwords: list[tuple[str, float]]) -> None:
     spell = functools.partial(handler._graph.__wrapped__, tuple(hotwords))  # not what is kept ready
     calls = itertools.product(BEAM_WIDTHS, ([None], [spell()]))
-    first, *times = engine.milliseconds(spell, *(lambda c=call: handler.model.decode([features], *c) for call in calls))
+    first, *times = milliseconds(spell, *(lambda c=call: handler.model.decode([features], *c) for call in calls))
     pairs = [f"{a:7.1f} {b:7.1f}" for a, b in zip(times[::2], times[1::2], strict=True)]
     print(f"{name:16} {first:7.1f}      {'   '.join(pairs)}", flush=True)
+
+
+def milliseconds(*functions: Callable[[], object]) -> list[float]:
+    """Median processor time of each, all in turns; one thread's is what it takes on an idle machine."""
+    times: list[list[float]] = [[] for _ in functions]
+    with torch.inference_mode():
+        for _ in range(WARM_UP + engine.RUNS):
+            for function, own in zip(functions, times, strict=True):
+                started = time.process_time()
+                function()
+                own.append(1000 * (time.process_time() - started))
+    return [statistics.median(own[WARM_UP:]) for own in times]
 
 
 TABLES = {"lists": table_of_lists, "weights": table_of_weights, "costs": table_of_costs}
