@@ -93,7 +93,8 @@ class Decoder(torch.nn.Module):
         Args:
             features (list[Tensor]): (T, 80) each, right context included, finite.
             beam_width (int): as in ``forward``.
-            contexts (list[Context or None] or None): of each utterance what ``context`` gave for its phrases.
+            contexts (list[Context or None] or None): of each utterance what ``context`` gave for its phrases. Their
+                bonus chooses and orders its hypotheses; the scores and log-probabilities are the model's own.
 
         Returns:
             list[Beam]: one for each utterance.
