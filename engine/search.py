@@ -29,13 +29,14 @@ class LSTMLayer(torch.nn.Module):
         self.gate_norm = lstm.g_norm
         self.cell_norm = lstm.c_norm
 
-    def forward(self, input: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """From (n, D) and (n, 2, H), hidden and cell, to the next (n, 2, H)."""
-        hidden, cell = state.unbind(1)
+    def forward(
+        self, input: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From (n, D) and the state, hidden and cell (n, H) each, to the next state."""
         gates = self.gate_norm(self.gates(torch.cat([input, hidden], dim=1)))
         input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, 1)
         cell = self.cell_norm(forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh())
-        return torch.stack([output_gate.sigmoid() * cell.tanh(), cell], dim=1)
+        return output_gate.sigmoid() * cell.tanh(), cell
 
 
 class Predictor(torch.nn.Module):
@@ -53,11 +54,11 @@ class Predictor(torch.nn.Module):
     def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
         output = self.input_layer_norm(self.embedding(tokens))
-        states: list[torch.Tensor] = []
+        before, after = state.flatten(1, 2).unbind(1), torch.jit.annotate(list[torch.Tensor], [])
         for i, lstm in enumerate(self.lstm_layers):
-            states.append(lstm(output, state[:, i]))
-            output = states[-1][:, 0]
-        return self.output_layer_norm(self.linear(output)), torch.stack(states, dim=1)
+            output, cell = lstm(output, before[2 * i], before[2 * i + 1])
+            after += [output, cell]
+        return self.output_layer_norm(self.linear(output)), torch.stack(after, dim=1).reshape(state.shape)
 
 
 class Beam(NamedTuple):
@@ -250,8 +251,8 @@ class BeamSearch(torch.nn.Module):
                 emissions.append(Emission(path.last, token, t, log_prob))
         if len(new_nodes) > 0:
             outputs, states = self.predictor(torch.tensor(new_tokens, device=parents[0].device), torch.stack(parents))
-            for i, node in enumerate(new_nodes):
-                tree.outputs[node], tree.states[node] = outputs[i], states[i]
+            for node, output, state in zip(new_nodes, outputs.unbind(0), states.unbind(0)):  # noqa: B905
+                tree.outputs[node], tree.states[node] = output, state
         return extensions
 
     def _joined(self, paths: list[Path], tree: PrefixTree, encodings: torch.Tensor, t: int) -> list[Path]:
@@ -269,13 +270,14 @@ class BeamSearch(torch.nn.Module):
         source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
         target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
         log_probs = torch.log_softmax(self.joiner(source + target), dim=2).cpu()  # (paths, W, V)
+        each_log_probs = log_probs.unbind(0)
         blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
         best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
         joined: list[Path] = []
         row = 0
         for path in paths:
             if t >= path.start + len(path.blank):
-                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], log_probs[row]))
+                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], each_log_probs[row]))
                 row += 1
             else:
                 joined.append(path)
