@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torchaudio.models import RNNT, Hypothesis
 
-# Rows (hypotheses x frames) that one call of the joiner is filled up to: XNNPACK's widest kernel computes seven
-# rows in the time in which it reads the weights once.
+# Rows (a hypothesis in a frame each) that one call of the joiner is filled up to, and that XNNPACK's widest kernel
+# computes in the time in which it reads the weights once: at fp32, more are filled up to a multiple of it.
 JOINER_ROWS = 7
 # Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
 MAX_TOKENS_PER_FRAME = 100
@@ -136,6 +136,7 @@ class BeamSearch(torch.nn.Module):
         self.blank = blank
         # TorchScript sees attributes, not this file's constants.
         self.joiner_rows: int = JOINER_ROWS
+        self.joiner_tile: int = JOINER_ROWS  # see ``with_precision``
         self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
 
     def first_beam(self) -> Beam:
@@ -261,24 +262,36 @@ class BeamSearch(torch.nn.Module):
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
         same product and keeps them for as long as it lives.
         """
-        missing: list[torch.Tensor] = []
+        missing = torch.jit.annotate(list[Path], [])
         for path in paths:
             if t >= path.start + len(path.blank):
-                missing.append(tree.outputs[path.node])
+                missing.append(path)
         if len(missing) == 0:
             return paths
-        source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
-        target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
-        log_probs = torch.log_softmax(self.joiner(source + target), dim=2).cpu()  # (paths, W, V)
-        each_log_probs = log_probs.unbind(0)
-        blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
-        best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
-        joined: list[Path] = []
-        row = 0
+        # Calls are filled up to whole tiles; of what is left over the first paths get more.
+        room = -(-max(len(missing), self.joiner_rows) // self.joiner_tile) * self.joiner_tile
+        counts: list[int] = []
+        frames: list[int] = []
+        targets: list[torch.Tensor] = []
+        for i, path in enumerate(missing):
+            count = min(room // len(missing) + int(i < room % len(missing)), encodings.size(0) - t)
+            counts.append(count)
+            for frame in range(t, t + count):
+                frames.append(frame)
+                targets.append(tree.outputs[path.node])
+        rows = encodings[torch.tensor(frames, device=encodings.device)] + torch.stack(targets)  # (rows, D)
+        log_probs = torch.log_softmax(self.joiner(rows), dim=1).cpu()  # (rows, V)
+        blank: list[float] = log_probs[:, self.blank].tolist()
+        best: list[float] = log_probs[:, : self.blank].amax(1).tolist()
+        each_log_probs = log_probs.split(counts)
+        joined = torch.jit.annotate(list[Path], [])
+        place = first = 0
         for path in paths:
             if t >= path.start + len(path.blank):
-                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], each_log_probs[row]))
-                row += 1
+                last = first + counts[place]
+                own = each_log_probs[place]
+                joined.append(Path(path.node, path.last, path.score, t, blank[first:last], best[first:last], own))
+                place, first = place + 1, last
             else:
                 joined.append(path)
         return joined
