@@ -709,7 +709,8 @@ class ModelHandler:
         Of ``context`` (ts.context.Context) it reads ``system_properties``, ``manifest`` and ``model_yaml_config``.
 
         Raises:
-            ValueError: a wrong setting in model-config.yaml, or another SHA-256 there than the model file has.
+            ValueError: a wrong setting in model-config.yaml, another SHA-256 there than the model file has, or an int8
+                model on a processor that cannot compute it.
             FileNotFoundError: the archive has no model file.
         """
         properties = context.system_properties
@@ -733,6 +734,8 @@ class ModelHandler:
         if on_gpu and metadata.get("precision") == "int8":
             logger.warning("An int8 model runs on the CPU: PyTorch has its products for no GPU. Export fp32 or bf16.")
             on_gpu = False
+        if metadata.get("precision") == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
+            raise ValueError("An int8 model needs FBGEMM, which PyTorch has on x86-64 alone: export fp32 or bf16.")
         self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
         self.model = model.to(self.device)
         self.model_name = metadata.get("model", model_path.stem)

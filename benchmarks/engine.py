@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/engine.py                        # all tables and scaling.png; about half an hour
     python benchmarks/engine.py speed streaming        # some of them
-    python benchmarks/engine.py --audio speech.flac    # on speech of your own, about 10 s of it
+    python benchmarks/engine.py --audio speech.flac    # on speech of your own, about 10 s of it; one or more files
 
 The network is torchaudio's 76.7M-parameter architecture with random weights. Its text means nothing, its speed is that
 of the real one at the same rate of tokens: the blank bias is set so that about six tokens a second come out.
@@ -94,15 +94,15 @@ def save(module: torch.jit.ScriptModule, path: Path, tokenizer: bytes | None = N
     return path
 
 
-def audio(path: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Waveform (samples,) and features (T, 80): the file, over and over, for SECONDS."""
+def audio(paths: list[Path]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Waveform (samples,) and features (T, 80): the first file, over and over, for SECONDS; features of each file."""
     with tempfile.TemporaryDirectory() as folder:
         export_model.export("digits", Path(folder) / "emformer_rnnt.pt")
         handler = handler_for(Path(folder) / "emformer_rnnt.pt")
-    waveform = decode_audio((path or ROOT / "sample_audio" / "sentence.wav").read_bytes())
+    waveforms = [decode_audio(path.read_bytes()) for path in paths]
     samples = int(SECONDS * SAMPLE_RATE)
-    waveform = waveform.repeat(-(-samples // len(waveform)))[:samples]
-    return waveform, handler._features(waveform)
+    waveform = waveforms[0].repeat(-(-samples // len(waveforms[0])))[:samples]
+    return waveform, handler._features(waveform), [handler._features(each) for each in waveforms]
 
 
 def milliseconds(*functions: Callable[[], object], runs: int = RUNS, warm_up: int = 3) -> list[float]:
@@ -205,7 +205,7 @@ def peak(precision: str) -> float:
 def operations(features: torch.Tensor, precision: str, beam_width: int, bias: float) -> int:
     """Those of the products that the network needs for ``features``, as the engine finds them out: no row twice."""
     decoder = with_precision(Decoder(stand_in(bias), VOCABULARY - 1), precision)
-    decoder.search.joiner_rows = 1  # nothing ahead of its time
+    decoder.search.joiner_rows = decoder.search.joiner_tile = 1  # nothing ahead of its time
     counted = [0]
 
     def count(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -223,19 +223,15 @@ def operations(features: torch.Tensor, precision: str, beam_width: int, bias: fl
     return counted[0] + len(encoder.layers) * attention
 
 
-def accuracy(features: torch.Tensor) -> None:
+def accuracy(spoken: list[torch.Tensor]) -> None:
     """How far from float32: encodings, the joiner's log-probabilities, and tokens.
 
-    The errors are of ``features``, root of the mean square and largest. The tokens are of the samples and of
-    ``features``, five sets of random weights, beam widths 1 and 4: one less the edit distance to float32's, divided by
-    float32's number of tokens.
+    The errors are of ``spoken``, mean and largest. The tokens are of ``spoken`` and the samples, five sets of random
+    weights, beam widths 1 and 4: one less the edit distance to float32's, divided by float32's number of tokens.
     """
     print("\n        encodings           log-probabilities   the same tokens   (of how many; in how many beams)")
-    with tempfile.TemporaryDirectory() as folder:
-        export_model.export("digits", Path(folder) / "emformer_rnnt.pt")
-        handler = handler_for(Path(folder) / "emformer_rnnt.pt")
     names = sorted(path for path in (ROOT / "sample_audio").iterdir() if path.suffix != ".tsv")
-    clips = [features, *(handler._features(decode_audio(path.read_bytes())) for path in names)]
+    clips = spoken + audio(names)[2]
     found: dict[str, list[list[int]]] = {precision: [] for precision in PRECISIONS}
     computed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for seed in range(5):
@@ -246,14 +242,15 @@ def accuracy(features: torch.Tensor) -> None:
                     for beam_width in (1, 4):
                         found[precision].append(engine.decode([clip], beam_width)[0].hypotheses[0][0][1:])
                 if seed == 0:
-                    window = [(0, 0, engine.encoder.segments(features))]
-                    [encodings], _ = engine._encode([features], window, engine.encoder.empty_past(1))
+                    windows = [[(i, 0, engine.encoder.segments(clip))] for i, clip in enumerate(spoken)]
+                    past = engine.encoder.empty_past(1)
+                    encodings = torch.cat([engine._encode(spoken, window, past)[0][0] for window in windows])
                     joined = engine.search.joiner(encodings + engine.search.first_beam().hypotheses[0][1])
                     computed[precision] = encodings, joined.log_softmax(1)
     tokens = sum(map(len, found["fp32"]))
     for precision in PRECISIONS[1:]:
-        errors = [own - exact for own, exact in zip(computed[precision], computed["fp32"], strict=True)]
-        shown = "  ".join(f"{e.square().mean().sqrt():8.4f} {e.abs().max():8.4f}" for e in errors)
+        errors = [(own - exact).abs() for own, exact in zip(computed[precision], computed["fp32"], strict=True)]
+        shown = "  ".join(f"{error.mean():8.4f} {error.max():8.4f}" for error in errors)
         pairs = list(zip(found[precision], found["fp32"], strict=True))
         distance = sum(edit_distance(own, exact) for own, exact in pairs)
         print(f"{precision} {shown} {1 - distance / tokens:12.1%}   ({tokens}; {len(pairs)})", flush=True)
@@ -502,7 +499,8 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"some of {', '.join(TABLES)}; default: all")
-    parser.add_argument("--audio", type=Path, help="speech to measure on; default: sample_audio/sentence.wav")
+    sample = [ROOT / "sample_audio" / "sentence.wav"]
+    parser.add_argument("--audio", type=Path, nargs="+", default=sample, help="speech to measure on; default: a sample")
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "MODEL", "MINUTES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -513,9 +511,12 @@ def main() -> None:
         parser.error(f"there are the tables {', '.join(TABLES)}")
     torch.set_num_threads(1)
     print(f"{processor()}, one thread, torch {torch.__version__}, medians of {RUNS} runs")
-    waveform, features = audio(args.audio)
+    waveform, features, clips = audio(args.audio)
     for name in args.tables or TABLES:
-        TABLES[name](features, waveform) if name == "scaling" else TABLES[name](features)
+        if name == "accuracy":
+            accuracy(clips)
+        else:
+            TABLES[name](features, waveform) if name == "scaling" else TABLES[name](features)
 
 
 if __name__ == "__main__":

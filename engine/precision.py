@@ -169,6 +169,7 @@ def with_precision(decoder: torch.nn.Module, precision: str) -> torch.nn.Module:
         # In which order attention adds up a segment's keys depends on its place in a block, and thus on what shares the
         # call. These precisions make more of that last bit: alone in its block, a segment has one place.
         decoder.encoder.block_segments = 1
+        decoder.search.joiner_tile = 1  # a row costs what it costs: none is computed ahead of its time to fill a tile
     return with_linears(decoder, precision)
 
 

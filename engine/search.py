@@ -15,8 +15,8 @@ from torchaudio.models import RNNT, Hypothesis
 
 from engine.context import Context, steps
 
-# Rows (hypotheses x frames) that one call of the joiner is filled up to: XNNPACK's widest kernel computes seven
-# rows in the time in which it reads the weights once.
+# Rows (a hypothesis in a frame each) that one call of the joiner is filled up to, and that XNNPACK's widest kernel
+# computes in the time in which it reads the weights once: at fp32, more are filled up to a multiple of it.
 JOINER_ROWS = 7
 # Tokens after which a frame ends, whatever the scores say; RNNTBeamSearch's step_max_tokens.
 MAX_TOKENS_PER_FRAME = 100
@@ -33,13 +33,14 @@ class LSTMLayer(torch.nn.Module):
         self.gate_norm = lstm.g_norm
         self.cell_norm = lstm.c_norm
 
-    def forward(self, input: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """From (n, D) and (n, 2, H), hidden and cell, to the next (n, 2, H)."""
-        hidden, cell = state.unbind(1)
+    def forward(
+        self, input: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From (n, D) and the state, hidden and cell (n, H) each, to the next state."""
         gates = self.gate_norm(self.gates(torch.cat([input, hidden], dim=1)))
         input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, 1)
         cell = self.cell_norm(forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh())
-        return torch.stack([output_gate.sigmoid() * cell.tanh(), cell], dim=1)
+        return output_gate.sigmoid() * cell.tanh(), cell
 
 
 class Predictor(torch.nn.Module):
@@ -57,11 +58,11 @@ class Predictor(torch.nn.Module):
     def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
         output = self.input_layer_norm(self.embedding(tokens))
-        states: list[torch.Tensor] = []
+        before, after = state.flatten(1, 2).unbind(1), torch.jit.annotate(list[torch.Tensor], [])
         for i, lstm in enumerate(self.lstm_layers):
-            states.append(lstm(output, state[:, i]))
-            output = states[-1][:, 0]
-        return self.output_layer_norm(self.linear(output)), torch.stack(states, dim=1)
+            output, cell = lstm(output, before[2 * i], before[2 * i + 1])
+            after += [output, cell]
+        return self.output_layer_norm(self.linear(output)), torch.stack(after, dim=1).reshape(state.shape)
 
 
 class Beam(NamedTuple):
@@ -159,6 +160,7 @@ class BeamSearch(torch.nn.Module):
         self.blank = blank
         # TorchScript sees attributes, not this file's constants.
         self.joiner_rows: int = JOINER_ROWS
+        self.joiner_tile: int = JOINER_ROWS  # see ``with_precision``
         self.max_tokens_per_frame: int = MAX_TOKENS_PER_FRAME
         self.max_expected_per_frame: int = MAX_EXPECTED_PER_FRAME
 
@@ -301,8 +303,8 @@ class BeamSearch(torch.nn.Module):
                 emissions.append(Emission(path.last, token, t, log_prob))
         if len(new_nodes) > 0:
             outputs, states = self.predictor(torch.tensor(new_tokens, device=parents[0].device), torch.stack(parents))
-            for i, node in enumerate(new_nodes):
-                tree.outputs[node], tree.states[node] = outputs[i], states[i]
+            for node, output, state in zip(new_nodes, outputs.unbind(0), states.unbind(0)):  # noqa: B905
+                tree.outputs[node], tree.states[node] = output, state
         return extensions
 
     def _joined(self, paths: list[Path], tree: PrefixTree, encodings: torch.Tensor, t: int) -> list[Path]:
@@ -311,28 +313,41 @@ class BeamSearch(torch.nn.Module):
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
         same product and keeps them for as long as it lives.
         """
-        missing: list[torch.Tensor] = []
-        gains: list[torch.Tensor] = []
+        missing = torch.jit.annotate(list[Path], [])
         for path in paths:
             if t >= path.start + len(path.blank):
-                missing.append(tree.outputs[path.node])
-                if tree.context is not None:
-                    gains.append(tree.gains(path.node))
+                missing.append(path)
         if len(missing) == 0:
             return paths
-        source = encodings[t : t + max(self.joiner_rows // len(missing), 1)]  # (W, D)
-        target = torch.stack(missing).unsqueeze(1)  # (paths, 1, D)
-        log_probs = torch.log_softmax(self.joiner(source + target), dim=2).cpu()  # (paths, W, V)
+        # Calls are filled up to whole tiles; of what is left over the first paths get more.
+        room = -(-max(len(missing), self.joiner_rows) // self.joiner_tile) * self.joiner_tile
+        counts: list[int] = []
+        frames: list[int] = []
+        targets: list[torch.Tensor] = []
+        gains: list[torch.Tensor] = []
+        for i, path in enumerate(missing):
+            count = min(room // len(missing) + int(i < room % len(missing)), encodings.size(0) - t)
+            counts.append(count)
+            for frame in range(t, t + count):
+                frames.append(frame)
+                targets.append(tree.outputs[path.node])
+                if tree.context is not None:
+                    gains.append(tree.gains(path.node))
+        rows = encodings[torch.tensor(frames, device=encodings.device)] + torch.stack(targets)  # (rows, D)
+        log_probs = torch.log_softmax(self.joiner(rows), dim=1).cpu()  # (rows, V)
         if len(gains) > 0:
-            log_probs[:, :, : self.blank] += torch.stack(gains).unsqueeze(1)
-        blank: list[list[float]] = log_probs[:, :, self.blank].tolist()
-        best: list[list[float]] = log_probs[:, :, : self.blank].amax(2).tolist()
-        joined: list[Path] = []
-        row = 0
+            log_probs[:, : self.blank] += torch.stack(gains)
+        blank: list[float] = log_probs[:, self.blank].tolist()
+        best: list[float] = log_probs[:, : self.blank].amax(1).tolist()
+        each_log_probs = log_probs.split(counts)
+        joined = torch.jit.annotate(list[Path], [])
+        place = first = 0
         for path in paths:
             if t >= path.start + len(path.blank):
-                joined.append(Path(path.node, path.last, path.score, t, blank[row], best[row], log_probs[row]))
-                row += 1
+                last = first + counts[place]
+                own = each_log_probs[place]
+                joined.append(Path(path.node, path.last, path.score, t, blank[first:last], best[first:last], own))
+                place, first = place + 1, last
             else:
                 joined.append(path)
         return joined

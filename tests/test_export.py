@@ -23,6 +23,14 @@ def test_every_precision_transcribes_every_sample(tmp_path, precision):
     assert heard == transcripts("digits")
 
 
+def test_an_int8_model_on_a_processor_without_its_products_stops_the_worker_with_a_sentence(tmp_path, monkeypatch):
+    """As on ARM, where PyTorch is built without FBGEMM."""
+    export_model.export("digits", tmp_path / "emformer_rnnt.pt", "int8")
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
+    with pytest.raises(ValueError, match=r"FBGEMM.*export fp32 or bf16"):
+        Worker(tmp_path / "emformer_rnnt.pt")
+
+
 def test_a_smaller_precision_makes_a_smaller_file(tmp_path):
     sizes = []
     for precision in ("fp32", "bf16", "int8"):
