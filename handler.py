@@ -834,23 +834,20 @@ class ModelHandler:
                     # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
                     # StreamPredictions call does not say that it is the last one.
                     context.set_response_header(index, "ts_stream_next", "false")
-                sounds[index] = self._sounds(request, headers, spent)
+                sounds[index] = self._sounds(request, headers)
             except Exception as error:
                 answers[index] = refused(index, context, error)
         every = [sound for request in sounds.values() for sound in request]
-        searching = time.perf_counter()
-        waveforms, contexts = ([sound.pop(name) for sound in every] for name in ("waveform", "expected"))
-        heard = self._transcribe(waveforms, contexts, spent)
-        spent["engine"] = time.perf_counter() - searching - spent["features"]
-        for sound, hypotheses in zip(every, heard, strict=True):
-            sound["heard"] = hypotheses
+        decoded = time.perf_counter()
+        self._transcribe(every, spent)
+        spent["engine"] = time.perf_counter() - decoded - spent["features"]
         for index, request in sounds.items():
             try:
                 several = len(request) > 1 or "instances" in json_body(data[index])
                 answers[index] = self._answer(index, context, request, several)
             except Exception as error:
                 answers[index] = refused(index, context, error)
-        spent["handler"] = time.perf_counter() - started
+        spent["decode"], spent["handler"] = decoded - started, time.perf_counter() - started
         seconds = sum(sound["duration"] for sound in every)
         measure(context, "asr_audio_seconds", seconds, MetricTypes.COUNTER)
         measure(context, "asr_batch_size", len(data))
@@ -861,39 +858,35 @@ class ModelHandler:
         logger.info("Answered %d requests with %.2f s of audio in %.3f s", len(data), seconds, spent["handler"])
         return answers
 
-    def _sounds(self, request: dict, headers: dict, spent: Counter[str]) -> list[dict]:
+    def _sounds(self, request: dict, headers: dict) -> list[dict]:
         """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
         response_format = format_of(request, headers, has_times=self.has_times)
         sounds, used, track = [], time.thread_time(), track_of(request, headers)
         expected = self._expected(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
         for audio in audio_files(request, headers):
-            started, notes = time.perf_counter(), []
-            try:
-                waveform = decode_audio(audio, notes, longest, left, used, track)
-            finally:
-                spent["decode"] += time.perf_counter() - started
+            notes: list[str] = []
+            waveform = decode_audio(audio, notes, longest, left, used, track)
             duration = len(waveform) / SAMPLE_RATE
             left -= duration
             sound = {"format": response_format, "waveform": waveform, "duration": duration, "notes": notes}
             sounds.append(sound | {"expected": expected})
         return sounds
 
-    def _transcribe(
-        self, waveforms: list[torch.Tensor], contexts: list[tuple | None], spent: Counter[str]
-    ) -> list[list[tuple] | Exception]:
-        """The hypotheses for each of ``waveforms`` (samples,), or what made it fail.
-
-        ``contexts`` are what each one's expected phrases are to the engine.
-        """
+    def _transcribe(self, sounds: list[dict], spent: Counter[str]) -> None:
+        """Add to each of ``sounds`` its hypotheses, or what made it fail, as ``heard``."""
         try:
-            return self._search(waveforms, contexts, spent)
+            waveforms, contexts = ([sound[name] for sound in sounds] for name in ("waveform", "expected"))
+            heard = self._search(waveforms, contexts, spent)
         except Exception as error:
-            if len(waveforms) == 1:
-                return [error]
-            logger.warning("A batch of %d failed and is taken one by one", len(waveforms), exc_info=error)
-            each = zip(waveforms, contexts, strict=True)
-            return [self._transcribe([waveform], [context], spent)[0] for waveform, context in each]
+            if len(sounds) > 1:
+                logger.warning("A batch of %d failed and is taken one by one", len(sounds), exc_info=error)
+                for sound in sounds:
+                    self._transcribe([sound], spent)
+                return
+            heard = [error]
+        for sound, hypotheses in zip(sounds, heard, strict=True):
+            sound["heard"] = hypotheses
 
     def _search(
         self, waveforms: list[torch.Tensor], contexts: Sequence[tuple | None] = (), spent: Counter[str] | None = None
@@ -907,7 +900,7 @@ class ModelHandler:
         spent, beam_width = Counter() if spent is None else spent, self.settings["beam_width"]
         limit = self.settings["max_engine_seconds"]
         message = f"To transcribe it takes more than {limit} s, the most for a request: send it in pieces."
-        heard, deadline = [refusal(413, "TooCostly", message)] * len(waveforms), time.monotonic() + limit
+        heard, deadline = [refusal(413, "TooCostly", message) for _ in waveforms], time.monotonic() + limit
         with torch.inference_mode():
             if not self.has_times:
                 features = [self._features(waveform).to(self.device) for waveform in waveforms]

@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/soak.py                   # ten minutes
     python benchmarks/soak.py --minutes 60
-    python benchmarks/soak.py --abandoned       # four minutes: what hours that nobody waits for cost the others
+    python benchmarks/soak.py --abandoned 60    # four minutes: what hours that nobody waits for cost the others
 
 A TorchServe of its own on free ports of 127.0.0.1, as `make run` starts it, and Grafana's k6, whose arrivals wait for
 nobody. The requests go round: every sample file, some of them in other answer formats; a minute of speech; and a third
@@ -11,8 +11,8 @@ of requests that have to be refused. Every answer is compared with the one that 
 (resident), open files and threads of the worker and of Java are read every few seconds, and how much of the processors
 a hypervisor takes away: on a shared machine that is where latencies come from.
 
-With --abandoned, requests of one second arrive twice a second and wait for nobody, while clients send an hour of audio
-and hang up: with one worker, with two, and with one that may be held for ABANDONED_LIMIT seconds.
+With --abandoned, requests of one second arrive twice a second and wait for nobody, while clients send that many minutes
+of audio and hang up: with one worker, with two, and with one that may be held for ABANDONED_LIMIT seconds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from tests.conftest import BIN, SAMPLES, Server, silent_film, transcripts  # noq
 LOAD = 0.7
 WARM_UP = 1 / 6  # of the whole time; growth and drift are counted from there
 PARTS = 6  # of the time after that, for the latencies
-ABANDONED = 2  # hours that are sent and not waited for
+ABANDONED = 2  # long files that are sent and not waited for
 ABANDONED_LIMIT = 5  # seconds
 SCRIPT = """
 import http from 'k6/http';
@@ -239,14 +239,14 @@ def abandon(server: Server, audio: bytes) -> None:
         connection.sendall(f"{head}Content-Length: {len(audio)}\r\n\r\n".encode() + audio)
 
 
-def abandoned(model: Path, folder: Path) -> None:
-    """Print the latencies of short requests before and while hours are abandoned."""
+def abandoned(model: Path, folder: Path, minutes: float) -> None:
+    """Print the latencies of short requests before and while so long ones are abandoned."""
     clip = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
     second = write(folder / "second.wav", clip[: engine.SAMPLE_RATE]).read_bytes()
-    hour = write(folder / "hour.wav", clip.repeat(3600 * engine.SAMPLE_RATE // len(clip))).read_bytes()
-    print(
-        "\nrequests of one second, ms                 alone: p50       p95     beside hours: p50        p95   refused"
-    )
+    samples = clip.repeat(round(60 * minutes * engine.SAMPLE_RATE) // len(clip))
+    long = write(folder / "long.wav", samples).read_bytes()
+    print(f"{ABANDONED} of {minutes:g} minutes are abandoned; what requests of one second take, ms")
+    print(f"{'':36} {'alone: p50':>15}{'p95':>15}{'beside: p50':>15}{'p95':>15}   refused", flush=True)
     for workers, limit in ((1, 900), (2, 900), (1, ABANDONED_LIMIT)):
         server = Server(model, batchSize=1, minWorkers=workers, maxWorkers=workers, max_engine_seconds=limit)
         try:
@@ -254,7 +254,7 @@ def abandoned(model: Path, folder: Path) -> None:
             latencies_of(server, second, 2)
             alone = latencies_of(server, second, 10)
             for _ in range(ABANDONED):
-                abandon(server, hour)
+                abandon(server, long)
             beside = latencies_of(server, second, 30)
         finally:
             server.remove()
@@ -269,14 +269,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("soak.png"))
-    parser.add_argument("--abandoned", action="store_true", help="only what abandoned requests cost the others")
+    parser.add_argument("--abandoned", type=float, help="minutes of audio: only what it costs the others")
     args = parser.parse_args()
     print(f"{engine.processor()}")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "emformer_rnnt.pt")
         export_model.export("digits", model)
         if args.abandoned:
-            return abandoned(model, Path(folder))
+            return abandoned(model, Path(folder), args.abandoned)
         minute = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes()).repeat(6)
         asked = requests_to_send(Path(folder), write(Path(folder, "minute.wav"), minute))
         server = Server(model, batchSize=1)

@@ -299,4 +299,4 @@ def test_an_hour_in_one_request_is_right_in_time_and_in_bounded_memory(new_serve
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     seconds, more = times * len(padded) / 16_000, peak - before
     record_property("in one request", f"{seconds:.0f} s of audio in {took:.0f} s, {more / 1e6:.0f} MB more at the peak")
-    assert more < 800e6
+    assert more < 500e6
