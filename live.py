@@ -277,7 +277,7 @@ def end_utterance(sequence: "LiveHandler.Sequence", heard: Heard, reason: str, n
     words, (processor, _) = heard_words(sequence, heard, naming), naming
     blank = sequence.stream[3][0][0][0][:1]
     start = (sequence.begun + sequence.cut) / SAMPLE_RATE
-    end = (sequence.begun + sequence.heard) / SAMPLE_RATE
+    end = (sequence.begun + sequence.stream[1] * SEGMENT_SAMPLES) / SAMPLE_RATE
     if words:
         start, end = words[0]["start"], words[-1]["end"]
     utterance = {"text": processor(blank + heard[0]), "start": round(start, 3), "end": round(end, 3)}
