@@ -456,7 +456,7 @@ def end_utterance(sequence: "LiveHandler.Sequence", heard: Heard, reason: str, n
     words, (processor, _) = heard_words(sequence, heard, naming), naming
     blank = sequence.stream[3][0][0][0][:1]
     start = (sequence.begun + sequence.cut) / SAMPLE_RATE
-    end = (sequence.begun + sequence.heard) / SAMPLE_RATE
+    end = (sequence.begun + sequence.stream[1] * SEGMENT_SAMPLES) / SAMPLE_RATE
     if words:
         start, end = words[0]["start"], words[-1]["end"]
     utterance = {"text": processor(blank + heard[0]), "start": round(start, 3), "end": round(end, 3)}
@@ -465,9 +465,13 @@ def end_utterance(sequence: "LiveHandler.Sequence", heard: Heard, reason: str, n
 
 
 def step_of(sequence: "LiveHandler.Sequence") -> int:
-    """Samples that complete one more segment at most: after each it is asked whether the utterance has ended."""
-    segment = SEGMENT_SAMPLES // HOP_SAMPLES  # feature frames
-    return (2 * segment + RIGHT_CONTEXT - 2 - len(sequence.stream[0])) * HOP_SAMPLES
+    """Samples that complete one more segment at most: after each it is asked whether the utterance has ended.
+
+    One frame fewer than two segments with their right context hold one segment. Samples complete no more frames than
+    they have hops; at the beginning of a stream one more.
+    """
+    fewer = 2 * SEGMENT_SAMPLES // HOP_SAMPLES + RIGHT_CONTEXT - 1
+    return (fewer - max(len(sequence.stream[0]), 1)) * HOP_SAMPLES
 
 
 def still_loud(sequence: "LiveHandler.Sequence", segment: torch.Tensor) -> bool:

@@ -330,6 +330,7 @@ def test_an_utterance_that_is_too_long_is_cut_between_words_and_none_is_lost(liv
 
 def test_where_nobody_speaks_the_utterance_is_empty(live):
     told = utterances(live, "nobody", [bytes(5120)] * 40, "1000,800,20000")
+    assert told == utterances(live, "nobody-at-once", [bytes(5120 * 40)], "1000,800,20000")
     assert len(told) >= 5 and {(one["text"], one["speech"], one["reason"]) for one in told} == {("", 0.0, "silence")}
 
 
