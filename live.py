@@ -2,8 +2,8 @@
 
 The handler of an archive of its own, which handler.py goes into as an extra file. It has one worker, so that all
 requests of a sequence come to the one that keeps the sequence's state between them. TorchServe's ``sequenceBatching``
-would allow several, but never replaces one that dies. A sequence is one utterance, sent in pieces, each
-a POST of raw 16-bit little-endian mono PCM with these request headers:
+would allow several, but never replaces one that dies. A sequence is one utterance, sent in pieces, each a POST of raw
+16-bit little-endian mono PCM with these request headers:
 
     ts_request_sequence_id   the client's name for the utterance, the same for all its pieces
     x-piece                  the piece's number, from 0
@@ -384,7 +384,8 @@ def work(connection: multiprocessing.connection.Connection, arguments: tuple) ->
     """What one of several processes does: it is a ``LiveHandler`` with a model of its own, as long as its worker lives.
 
     ``arguments`` are those of a ``Context``. It says with None that it is ready, or what is wrong, and then answers
-    batches with what ``handle`` returns, each request's response, and the metrics.
+    batches, which come with the seconds that the one before has lasted, with what ``handle`` returns, each request's
+    response, and the metrics.
     """
     context, handler = Context(*arguments), LiveHandler()
     with contextlib.suppress(EOFError, ConnectionError):  # the worker has ended
@@ -395,7 +396,8 @@ def work(connection: multiprocessing.connection.Connection, arguments: tuple) ->
             return
         connection.send(None)
         while True:
-            data, headers = connection.recv()
+            data, headers, lasted = connection.recv()
+            handler.lasted = max(handler.lasted, lasted)  # the batch before may have lasted longer for others
             metrics: list[tuple] = []
             context.metrics = types.SimpleNamespace(add_metric=lambda *a, to=metrics, **k: to.append((a, k)))
             context.request_processor = [RequestProcessor(each) for each in headers]
@@ -569,6 +571,7 @@ class LiveHandler(ModelHandler):
 
     def _shared_out(self, data: list[dict], context) -> list[dict]:
         """``handle``, where several processes do the work: a sequence stays with the one that got its first piece."""
+        begun = time.monotonic()
         for place, process in enumerate(self.processes):
             if process.error and time.monotonic() > process.begun + RETRY:
                 self.processes[place] = self._process()
@@ -594,7 +597,8 @@ class LiveHandler(ModelHandler):
         answers: list[dict | None] = [None] * len(data)
         for place, indices in shares.items():
             with contextlib.suppress(OSError):  # it has died
-                ready[place].connection.send(([data[i] for i in indices], [headers[i] for i in indices]))
+                share = ([data[i] for i in indices], [headers[i] for i in indices], self.lasted)
+                ready[place].connection.send(share)
         for place, indices in shares.items():
             process = ready[place]
             try:
@@ -616,6 +620,7 @@ class LiveHandler(ModelHandler):
                 message = "The process that had the sequence has died: begin again, with piece 0 under another name."
                 error = refusal(HTTPStatus.CONFLICT, "UnknownSequence", message)
                 answers[index] = refused(index, context, error)
+        self.lasted = time.monotonic() - begun
         return answers
 
     def _piece(self, name: str, headers: dict[str, str], request: dict) -> tuple[torch.Tensor, bool, int] | None:
@@ -756,12 +761,10 @@ class LiveHandler(ModelHandler):
 
     def _forget(self, now: float) -> None:
         """Drop what has been idle for too long."""
+        longest = self.settings["max_idle_seconds"]
         for name, sequence in list(self.sequences.items()):
-            if now - sequence.used > self.settings["max_idle_seconds"]:
-                self._drop(
-                    name,
-                    f"was idle for more than {self.settings['max_idle_seconds']} s" if sequence.stream else "has ended",
-                )
+            if now - sequence.used > longest:
+                self._drop(name, f"was idle for more than {longest} s" if sequence.stream else "has ended")
 
     def _drop(self, name: str, why: str) -> None:
         if decoder := self.sequences.pop(name).decoder:
