@@ -20,10 +20,12 @@ that of the whole sound in one request, token for token (at fp32), whatever the 
 ``text`` is that of the utterance that goes on, and ``utterances`` are those that have ended since the answer before.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
+import multiprocessing.connection
 import os
 import queue
 import re
@@ -38,6 +40,7 @@ from http import HTTPStatus
 import av
 import numpy as np
 import torch
+from ts.context import Context, RequestProcessor
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
@@ -63,6 +66,7 @@ from handler import (
     refusal,
     refused,
     resampled,
+    settings_of,
     words_of,
 )
 
@@ -94,9 +98,11 @@ REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
 WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
 SETTINGS = DEFAULTS | {
-    "max_sequences": 50,  # open at a time: the next is refused
+    "max_sequences": 50,  # of a process, open at a time: the next is refused
     "max_idle_seconds": 10,  # a client that is silent for longer is forgotten
+    "processes": 1,  # with a model and sequences of its own each, all of this worker's
 }
+RETRY = 10  # seconds from the start of a process that could not load the model to the next
 # Milliseconds after which an utterance ends, where a sequence asks for that: of silence before any word, of silence
 # after a word, and of speech without such a silence.
 RULES = {"endpoint_no_word_ms": 2400, "endpoint_silence_ms": 800, "endpoint_longest_ms": 20_000}
@@ -536,12 +542,38 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
 # The server's side
 
 
+def work(connection: multiprocessing.connection.Connection, arguments: tuple) -> None:
+    """What one of several processes does: it is a ``LiveHandler`` with a model of its own, as long as its worker lives.
+
+    ``arguments`` are those of a ``Context``. It says with None that it is ready, or what is wrong, and then answers
+    batches, which come with the seconds that the one before has lasted, with what ``handle`` returns, each request's
+    response, and the metrics.
+    """
+    context, handler = Context(*arguments), LiveHandler()
+    with contextlib.suppress(EOFError, ConnectionError):  # the worker has ended
+        try:
+            handler.initialize(context)
+        except Exception as error:
+            connection.send(str(error))
+            return
+        connection.send(None)
+        while True:
+            data, headers, lasted = connection.recv()
+            handler.lasted = max(handler.lasted, lasted)  # the batch before may have lasted longer for others
+            metrics: list[tuple] = []
+            context.metrics = types.SimpleNamespace(add_metric=lambda *a, to=metrics, **k: to.append((a, k)))
+            context.request_processor = [RequestProcessor(each) for each in headers]
+            connection.send((handler.handle(data, context), context.request_processor, metrics))
+
+
 class LiveHandler(ModelHandler):
     """A worker for live speech: a ``ModelHandler`` that keeps the sequences that are open in it.
 
     Attributes:
         sequences (dict[str, Sequence]): by name, those that are open or have just ended.
         over (dict[str, str]): why each of those before is over, so that a late piece is told so.
+        processes (list): which do the work, if they are several: each one's process and connection, when it was begun
+            (in seconds), whether it is ready, else its error, and the number of its open sequences.
     """
 
     known_settings = SETTINGS
@@ -608,7 +640,21 @@ class LiveHandler(ModelHandler):
         self.sequences: dict[str, LiveHandler.Sequence] = {}
         self.over: dict[str, str] = {}
         self.lasted = 0.0  # seconds, the batch before
-        super().initialize(context)
+        self.processes: list[types.SimpleNamespace] = []
+        settings = settings_of(context, self.known_settings)
+        if settings["processes"] == 1:
+            super().initialize(context)
+            return
+        handler = (context.model_yaml_config.get("handler") or {}) | {"processes": 1}
+        fixed, config = context.system_properties, context.model_yaml_config | {"handler": handler}
+        arguments = (context.model_name, fixed["model_dir"], context.manifest, fixed["batch_size"], fixed["gpu_id"])
+        self.arguments = (*arguments, fixed["server_version"], True, None, config)
+        self.where: dict[str, types.SimpleNamespace] = {}  # by a sequence's name, the latest last
+        self.processes = [self._process() for _ in range(settings["processes"])]
+        for process in self.processes:
+            if not self._ready(process, wait=True):
+                raise ValueError(process.error)
+        self.initialized = True
 
     def _warm_up(self) -> None:
         if not hasattr(self.model, "advance"):
@@ -632,6 +678,8 @@ class LiveHandler(ModelHandler):
         Returns:
             list[dict]: an answer or an error each, in the order of ``data``.
         """
+        if self.processes:
+            return self._shared_out(data, context)
         started, begun, spent = time.perf_counter(), time.monotonic(), Counter()
         # Whose piece had to wait for the batch before was not silent.
         self._forget(begun - self.lasted)
@@ -679,6 +727,80 @@ class LiveHandler(ModelHandler):
         for step in ("features", "engine", "handler"):
             measure(context, f"asr_{step}_seconds", spent[step])
         measure(context, "asr_open_sequences", self._open(), MetricTypes.GAUGE, Process=str(os.getpid()))
+        self.lasted = time.monotonic() - begun
+        return answers
+
+    def _process(self) -> types.SimpleNamespace:
+        """Start one of the processes, which then loads its model."""
+        spawn = multiprocessing.get_context("spawn")
+        connection, other = spawn.Pipe()
+        process = spawn.Process(target=work, args=(other, self.arguments), daemon=True)
+        process.start()
+        other.close()
+        begun = time.monotonic()
+        return types.SimpleNamespace(process=process, connection=connection, begun=begun, ready=False, error="", open=0)
+
+    def _ready(self, process: types.SimpleNamespace, wait: bool = False) -> bool:
+        """Whether a process has loaded its model; ``wait`` until that is known."""
+        try:
+            if not process.ready and not process.error and (wait or process.connection.poll()):
+                process.error = process.connection.recv()
+                process.ready = process.error is None
+        except (EOFError, ConnectionError):
+            process.error = "A process died while it loaded the model."
+        return process.ready
+
+    def _shared_out(self, data: list[dict], context) -> list[dict]:
+        """``handle``, where several processes do the work: a sequence stays with the one that got its first piece."""
+        begun = time.monotonic()
+        for place, process in enumerate(self.processes):
+            if process.error and time.monotonic() > process.begun + RETRY:
+                self.processes[place] = self._process()
+        ready = [process for process in self.processes if self._ready(process)]
+        if not ready:
+            ready = [process for process in self.processes if self._ready(process, wait=True)]
+        shares: dict[int, list[int]] = {}  # by place in ``ready``
+        headers = [dict(context.get_all_request_header(index)) for index in range(len(data))]
+        for index, given in enumerate(headers):
+            lower = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
+            name = name_of(lower)
+            if name:  # which may be made up, then here
+                given[SEQUENCE_ID] = name
+            process = self.where.pop(name, None)
+            if process not in ready:
+                process = min(ready, key=lambda each: each.open, default=None)
+            if process:
+                process.open += lower.get("x-piece") == "0"
+                self.where[name] = process
+                shares.setdefault(ready.index(process), []).append(index)
+        while len(self.where) > REMEMBERED:
+            del self.where[next(iter(self.where))]
+        answers: list[dict | None] = [None] * len(data)
+        for place, indices in shares.items():
+            with contextlib.suppress(OSError):  # it has died
+                share = ([data[i] for i in indices], [headers[i] for i in indices], self.lasted)
+                ready[place].connection.send(share)
+        for place, indices in shares.items():
+            process = ready[place]
+            try:
+                bodies, responses, metrics = process.connection.recv()
+            except (EOFError, OSError):
+                logger.error("One of the processes has died: another one is started")
+                self.where = {name: each for name, each in self.where.items() if each is not process}
+                self.processes[self.processes.index(process)] = self._process()
+                continue
+            for index, body, response in zip(indices, bodies, responses, strict=True):
+                answers[index], context.request_processor[index] = body, response
+            for given, named in metrics:
+                if context.metrics is not None:
+                    context.metrics.add_metric(*given, **named)
+                if given[0] == "asr_open_sequences":
+                    process.open = given[1]
+        for index, answer in enumerate(answers):
+            if answer is None:
+                message = "The process that had the sequence has died: begin again, with piece 0 under another name."
+                error = refusal(HTTPStatus.CONFLICT, "UnknownSequence", message)
+                answers[index] = refused(index, context, error)
         self.lasted = time.monotonic() - begun
         return answers
 
@@ -872,12 +994,10 @@ class LiveHandler(ModelHandler):
 
     def _forget(self, now: float) -> None:
         """Drop what has been idle for too long."""
+        longest = self.settings["max_idle_seconds"]
         for name, sequence in list(self.sequences.items()):
-            if now - sequence.used > self.settings["max_idle_seconds"]:
-                self._drop(
-                    name,
-                    f"was idle for more than {self.settings['max_idle_seconds']} s" if sequence.stream else "has ended",
-                )
+            if now - sequence.used > longest:
+                self._drop(name, f"was idle for more than {longest} s" if sequence.stream else "has ended")
 
     def _drop(self, name: str, why: str) -> None:
         if decoder := self.sequences.pop(name).decoder:

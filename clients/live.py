@@ -28,7 +28,7 @@ SERVER = "http://127.0.0.1:8080"
 PIECE = 0.16  # seconds
 LONGEST = 20  # seconds in a request; the server takes 30
 # Seconds for an answer: a piece that comes while the server replaces its worker waits for the new one.
-PATIENCE = 120
+PATIENCE = 300
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # one after the other, without an answer

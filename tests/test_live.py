@@ -594,6 +594,44 @@ def test_too_much_sound_is_refused(digits_pt):
     assert live.answer((headers("long", 3, True), b""))[0][0] == 200
 
 
+def test_of_several_processes_one_that_dies_takes_its_sequences_along_and_is_replaced(digits_pt, strings, worker):
+    live = LiveWorker(digits_pt, processes=2, max_idle_seconds=600)
+    processes = [process.process for process in live.handler.processes]
+    try:
+        long = [pcm for pcm in strings if len(pcm) > 5 * 16_000][:8]
+        sounds = {f"voice-{i}": [pcm[j : j + 16_000] for j in range(0, len(pcm), 16_000)] for i, pcm in enumerate(long)}
+        for number in range(2):  # whose pieces have come to the one that has their sequence
+            answers = live.answer(*((headers(name, number), pieces[number]) for name, pieces in sounds.items()))
+            assert [(status, answer["piece"]) for status, answer in answers] == [(200, number)] * 8
+        processes[0].kill()
+        answers = live.answer(*((headers(name, 2), pieces[2]) for name, pieces in sounds.items()))
+        lost = [name for name, (status, _) in zip(sounds, answers, strict=True) if status != 200]
+        assert len(lost) == 4
+        assert {(s, a["type"]) for s, a in answers if s != 200} == {(409, "UnknownSequence")}
+        for name, pieces in sounds.items():
+            if name in lost:
+                assert live.answer((headers(name, 3), pieces[3]))[0][1]["type"] == "UnknownSequence"
+                assert_same(worker, b"".join(pieces), say(live, f"{name}-anew", pieces))
+            else:
+                for number, piece in list(enumerate(pieces))[3:]:
+                    [(_, answer)] = live.answer((headers(name, number, number == len(pieces) - 1), piece))
+                assert_same(worker, b"".join(pieces), answer)
+        replaced = [process for process in live.handler.processes if process.process not in processes]
+        assert len(replaced) == 1 and live.handler._ready(replaced[0], wait=True)
+        batch = live.answer(*((headers(f"later-{i}", 0, True), SECOND) for i in range(8)))
+        assert [status for status, _ in batch] == [200] * 8
+        processes.append(replaced[0].process)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_processes_that_cannot_load_the_model_say_why(tmp_path):
+    (tmp_path / "emformer_rnnt.pt").write_text("not a TorchScript file")
+    with pytest.raises(ValueError, match=r"emformer_rnnt\.pt|archive|zip|pickle|PytorchStreamReader"):
+        LiveWorker(tmp_path / "emformer_rnnt.pt", processes=2)
+
+
 def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, monkeypatch):
     live = LiveWorker(digits_pt)
     pcm = strings[4][:64_000]
