@@ -1,6 +1,6 @@
 """How much memory do TorchServe and its worker need, and what is answered where there is less?
 
-    python benchmarks/memory.py                                        # the digits model, about three minutes
+    python benchmarks/memory.py                                        # the digits model
     python benchmarks/memory.py --model 76.7M-int8 --minutes 1         # random weights in the place of LibriSpeech's
     python benchmarks/memory.py --limits 900 1000 1200 1500 2000       # as root: in a cgroup with so many MB
 

@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/soak.py                   # ten minutes
     python benchmarks/soak.py --minutes 60
-    python benchmarks/soak.py --abandoned 60    # four minutes: what hours that nobody waits for cost the others
+    python benchmarks/soak.py --abandoned 60    # only what hours that nobody waits for cost the others
 
 A TorchServe of its own on free ports of 127.0.0.1, as `make run` starts it, and Grafana's k6, whose arrivals wait for
 nobody. The requests go round: every sample file, some of them in other answer formats; a minute of speech; and a third
