@@ -71,7 +71,7 @@ grep -q '"text": "four seven two"' <<<"$live" || { echo "heard: $live"; exit 1; 
 ask http://127.0.0.1:8082/metrics | grep -q '^asr_requests'
 echo "both archives hear four seven two; metrics are there; nothing but /tmp can be written"
 
-# Ten minutes of sound are asked for; SIGTERM comes while they are being transcribed.
+# Nearly four minutes of sound are asked for; SIGTERM comes while they are being transcribed.
 for _ in $(seq 100); do tail -c +45 sample_audio/three-digits.wav; done >"$work/pcm"
 { head -c 40 sample_audio/three-digits.wav; printf '\xff\xff\xff\xff'; cat "$work/pcm"; } >"$work/long.wav"
 ask -T "$work/long.wav" -X POST $files >"$work/answer" &

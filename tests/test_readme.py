@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, ROOT, SAMPLES, post
+from conftest import BIN, ROOT, SAMPLES, post, wait_until
 
 import serve
 
@@ -223,7 +224,8 @@ def test_the_dockerfiles_steps_make_a_server_that_is_healthy_and_answers(copy, t
         )
     try:
         server.worker()
-        subprocess.run(health, executable=sys.executable, check=True, timeout=300)
+        healthy = partial(subprocess.run, health, executable=sys.executable, cwd=stages[-1], timeout=300)
+        wait_until(lambda: healthy().returncode == 0, "its health check to pass")
         assert post(server, SAMPLES / "three-digits.wav").text == "four seven two"
     finally:
         running.send_signal(signal.SIGINT)

@@ -206,7 +206,7 @@ def test_a_full_part_ends_and_the_next_begins(tmp_path, monkeypatch, kind):
 
 @needs_ray
 def test_an_object_store_is_listed_and_read(monkeypatch):
-    server = pytest.importorskip("moto.server", reason="needs moto[server]")
+    server = pytest.importorskip("moto.server", reason="needs deploy/requirements.txt")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anybody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     store = server.ThreadedMotoServer(port=0, ip_address="127.0.0.1")
