@@ -229,6 +229,21 @@ def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
     return tuple(hotwords)
 
 
+def spelt(phrases: list[str], processor: Callable) -> tuple[list[list[int]], torch.Tensor]:
+    """The tokens of each phrase, and of each token of the vocabulary its kind, see ``engine.context.Context``."""
+    spell, silent, tokens = processor.sp_model, processor.post_process_remove_list, []
+    for number, phrase in enumerate(phrases, start=1):
+        forms = [spell.encode(form) for form in (phrase, phrase.lower())]
+        forms = [form for form in forms if form and spell.unk_id() not in form]
+        if not forms:
+            message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
+            raise refusal(400, "BadHotwords", message)
+        tokens.append(forms[0])
+    pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
+    kinds = [2 if i in silent else int(not piece.startswith("\u2581")) for i, piece in enumerate(pieces)]
+    return tokens, torch.tensor(kinds)
+
+
 def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
     """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
 
@@ -790,20 +805,8 @@ class ModelHandler:
         if not hasattr(self.model, "context"):
             message = "The model file takes no hotwords: they need one that today's export_model.py has written."
             raise refusal(400, "NoHotwords", message)
-        spell, silent = self.tokens_to_text.sp_model, self.tokens_to_text.post_process_remove_list
-        spelt = []
-        for number, (phrase, _) in enumerate(hotwords, start=1):
-            for form in (phrase, phrase.lower()):
-                tokens = spell.encode(form)
-                if tokens and spell.unk_id() not in tokens:
-                    break
-            else:
-                message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
-                raise refusal(400, "BadHotwords", message)
-            spelt.append(tokens)
-        pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
-        kinds = [2 if i in silent else int(not piece.startswith("\u2581")) for i, piece in enumerate(pieces)]
-        return self.model.context(spelt, [weight for _, weight in hotwords], torch.tensor(kinds))
+        phrases, kinds = spelt([phrase for phrase, _ in hotwords], self.tokens_to_text)
+        return self.model.context(phrases, [weight for _, weight in hotwords], kinds)
 
     def _warm_up(self) -> None:
         """Transcribe noise of several lengths, so that no request pays for TorchScript's optimisation."""

@@ -34,7 +34,6 @@ import numpy as np
 import sentencepiece
 import soundfile
 import torch
-import torchaudio
 from augment import Augmenter, prepare_masks
 from torchaudio.models import emformer_rnnt_model
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
@@ -80,11 +79,8 @@ OTHER_WORDS = 0.15  # share of the utterances in which other words are said betw
 REPEATS = 0.2  # how often a piece that begins with the last word said is made to follow it
 FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
 MAX_SECONDS = 16.0
-# Taken from blank's score when the weights are written. In training a word may be shared among the frames of its
-# window; a search that keeps one hypothesis has to find it likelier than blank in a single one.
-BLANK_PENALTY = 1.0
 WARM_UP = 300  # steps over which the learning rate rises
-DECAY = 0.35  # share of the run, at its end, over which it falls
+DECAY = 0.6  # share of the run, at its end, over which it falls
 SAVE_EVERY = 250  # steps
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
 # Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
@@ -492,49 +488,70 @@ def transducer_loss(
     target_lengths: torch.Tensor,
     spans: torch.Tensor,
 ) -> torch.Tensor:
-    """Of every utterance, (batch,): of marks and words in the frames where they are allowed.
+    """Of every utterance, (batch,): of the likeliest way to write its marks and words in the frames allowed.
+
+    The sum over all ways (Graves, 2012) leaves a word's probability shared among the frames of its window, in none of
+    which a search of one hypothesis finds it likelier than blank.
 
     The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner that
-    expects the word that was heard before loses every word after one that it missed.
+    expects the word that was heard before loses every word after one that it missed. Where nobody says a digit, blank
+    is to be written after a mark, too, so that a wrong mark stays without a word.
     """
-    written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1)
+    written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1).long()
     history = torch.randint_like(targets, 3, BLANK)
     history = torch.stack([torch.full_like(history, BEGINS), history], 2).flatten(1)
-    written_lengths = 2 * target_lengths
     start = torch.full((len(targets), 1), BLANK, dtype=torch.int32, device=targets.device)
-    predicted, _, _ = model.predict(torch.cat([start, history], 1), written_lengths + 1, None)
-    logits, _, _ = model.join(encoded, frames, predicted, written_lengths + 1)
-    log_probs = logits.float().log_softmax(3)
-    elsewhere = ~allowed(spans, frames, log_probs.shape[1])
-    penalty = torch.zeros(log_probs.shape[:3], device=targets.device)
-    penalty.masked_fill_(torch.nn.functional.pad(elsewhere, (0, 1), value=False), FORBIDDEN)
-    log_probs = torch.cat([log_probs[..., :BLANK] + penalty.unsqueeze(3), log_probs[..., BLANK:]], 3)
-    if targets.is_cuda:
-        return rnnt_loss(log_probs, written, frames, written_lengths)
-    return torchaudio.functional.rnnt_loss(
-        *(log_probs, written, frames, written_lengths), blank=BLANK, reduction="none", fused_log_softmax=False
-    )
+    history = torch.cat([start, history, torch.full_like(start, BEGINS)], 1)
+    predicted, _, _ = model.predict(history, 2 * target_lengths + 2, None)
+    length = encoded.shape[1]
+    times = torch.arange(length, device=frames.device)
+    symbols = torch.arange(written.shape[1], device=frames.device)
+    inside = times < frames[:, None]
+
+    def log_probs(sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return model.joiner.linear(model.joiner.activation(sources + targets)).float().log_softmax(-1)
+
+    def rows(encodings: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return encodings.gather(1, places[..., None].expand(-1, -1, encodings.shape[2]))
+
+    with torch.no_grad():
+        lattice = log_probs(encoded[:, :, None], predicted[:, None, :-1])
+        emitted = lattice[:, :, :-1].gather(3, written[:, None, :, None].expand(-1, length, -1, 1))[..., 0]
+        emitted += FORBIDDEN * ~allowed(spans, frames, length)
+        places = best_path(emitted, lattice[..., BLANK], frames.long(), 2 * target_lengths.long())
+        moments = ((places[:, None] <= symbols[:, None]) & inside[:, None]).sum(2)  # when each symbol is written
+        begin, end = (part * (1 / FRAME_SECONDS) for part in (spans[..., 0] - 0.1, spans[..., 1] + LATEST))
+        said = ((times[:, None] >= begin[:, None]) & (times[:, None] <= end[:, None])).any(2)
+        unmarked = inside & (places % 2 == 0) & ~said
+    waits = log_probs(encoded, rows(predicted, places))[..., BLANK] * inside
+    waits = waits + log_probs(encoded, rows(predicted, places + 1))[..., BLANK] * unmarked
+    used = symbols < 2 * target_lengths[:, None]
+    writes = log_probs(rows(encoded, moments.clamp(max=length - 1)), predicted[:, :-2])
+    writes = writes.gather(2, written[..., None])[..., 0] * used
+    return -waits.sum(1) - writes.sum(1)
 
 
-def rnnt_loss(
-    log_probs: torch.Tensor, written: torch.Tensor, frames: torch.Tensor, written_lengths: torch.Tensor
+def best_path(
+    emitted: torch.Tensor, blanks: torch.Tensor, frames: torch.Tensor, written_lengths: torch.Tensor
 ) -> torch.Tensor:
-    """The transducer's loss (Graves, 2012) of every utterance, for GPUs; arguments as of torchaudio's.
+    """How much of the text is written when a frame's blank is taken, (batch, frames), on the likeliest way.
 
-    torchaudio 2.11's own kernels gave other losses at every call on an H100, some of them NaN.
+    From the log-probabilities of the text's next symbol, (batch, frames, symbols), and of blank, (batch, frames,
+    symbols + 1), in every frame after every number of symbols.
     """
-    emitted = log_probs[:, :, :-1].gather(3, written[:, None, :, None].long().expand(-1, log_probs.shape[1], -1, 1))
-    # What was written so far in frame t: from place u to place v of the text costs sums[v] - sums[u].
-    sums = torch.nn.functional.pad(emitted[..., 0].cumsum(2), (1, 0))
-    blanks = log_probs[..., BLANK]
-    forward, forwards = sums[:, 0], []
-    for frame in range(log_probs.shape[1]):
-        if frame:
-            forward = sums[:, frame] + (forward + blanks[:, frame - 1] - sums[:, frame]).logcumsumexp(1)
-        forwards.append(forward)
-    rows = torch.arange(len(frames), device=frames.device)
-    last, end = frames.long() - 1, written_lengths.long()
-    return -(torch.stack(forwards, 1)[rows, last, end] + blanks[rows, last, end])
+    # What was written in frame t: from place u to place v of the text is worth sums[v] - sums[u].
+    sums = torch.nn.functional.pad(emitted.cumsum(2), (1, 0))
+    forward, origins = sums[:, 0], []
+    for frame in range(1, emitted.shape[1]):
+        best, origin = (forward + blanks[:, frame - 1] - sums[:, frame]).cummax(1)
+        forward = sums[:, frame] + best
+        origins.append(origin)
+    place, places = written_lengths, [written_lengths]
+    for frame in range(emitted.shape[1] - 1, 0, -1):
+        before = origins[frame - 1].gather(1, place[:, None])[:, 0]
+        place = torch.where(frame < frames, before, place)
+        places.append(place)
+    return torch.stack(places[::-1], 1)
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
@@ -566,8 +583,6 @@ def train(rank: int, args: argparse.Namespace) -> None:
     frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
         model.load_state_dict(torch.load(args.polish, weights_only=True))
-        with torch.no_grad():
-            model.joiner.linear.bias[BLANK] += BLANK_PENALTY
     model.to(device), frame_head.to(device)
     # An exponential moving average of the weights is what is kept in the end.
     average = copy.deepcopy(model).requires_grad_(False)
@@ -593,7 +608,6 @@ def train(rank: int, args: argparse.Namespace) -> None:
             path.with_suffix(".new").replace(path)
         # Half precision halves the file; the rounding is far below what changes a transcript.
         weights = {name: value.half().cpu() for name, value in average.state_dict().items()}
-        weights["joiner.linear.bias"][BLANK] -= BLANK_PENALTY
         torch.save(weights, args.output / "weights.pt")
 
     losses, started = [], None
