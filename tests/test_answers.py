@@ -164,7 +164,7 @@ def pad(speech: torch.Tensor, seconds: float) -> torch.Tensor:
 
 
 def test_subtitles_are_read_by_others_and_break_at_pauses(worker, speech):
-    long = torch.cat([pad(speech, 1.5) for _ in range(8)])
+    long = torch.cat([pad(speech, 1.6) for _ in range(8)])
     audio = encode(long[None].numpy(), 16_000, "wav", "pcm_s16le")
     [(_, as_srt)] = worker.answer({"file": audio, "response_format": "srt"})
     [(_, as_vtt)] = worker.answer({"file": audio, "response_format": "vtt"})
@@ -226,7 +226,7 @@ def test_probabilities_without_marks_are_those_of_the_tokens_alone(worker, speec
 
 def test_verbose_json_has_the_types_of_openais_client(worker, speech):
     types = pytest.importorskip("openai.types.audio", reason="needs the package openai, see requirements-dev.txt")
-    long = torch.cat([pad(speech, 1.5) for _ in range(4)])
+    long = torch.cat([pad(speech, 1.6) for _ in range(4)])
     body = verbose(worker, encode(long[None].numpy(), 16_000, "wav", "pcm_s16le"))
     read = types.TranscriptionVerbose.model_validate(body, strict=True)  # a client only constructs, whatever is missing
     assert (read.text, read.duration, read.language) == (body["text"], body["duration"], "english")

@@ -21,11 +21,11 @@ KINDS = [2, 2, 2, *[0] * 11]  # of the digits model's tokens
 # In held-out speech: said, and heard otherwise by the model at beam width 1.
 CLIPS = {
     "18-clean.ogg": "nine six two eight three nine four",
-    "42-clean.ogg": "two two six one nine two",
-    "45-clean.ogg": "six seven seven one six one four seven nine",
+    "27-clean.ogg": "zero oh one six three six",
+    "41-telephone.ogg": "six eight two nine zero eight five",
     "16-noise-10db.ogg": "zero one oh three oh",
 }
-MISHEARD = "45-clean.ogg"
+MISHEARD = "41-telephone.ogg"
 SAID = CLIPS[MISHEARD]
 
 Phrases = list[tuple[list[int], float]]
