@@ -42,6 +42,7 @@ from engine.precision import PRECISIONS, with_linears, with_precision  # noqa: E
 from handler import ModelHandler, decode_audio  # noqa: E402
 
 RUNS = 5
+SAMPLE = ROOT / "sample_audio" / "sentence.wav"
 SECONDS = 10.0
 SAMPLE_RATE = 16_000
 VOCABULARY = 4097
@@ -499,8 +500,9 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help=f"some of {', '.join(TABLES)}; default: all")
-    sample = [ROOT / "sample_audio" / "sentence.wav"]
-    parser.add_argument("--audio", type=Path, nargs="+", default=sample, help="speech to measure on; default: a sample")
+    parser.add_argument(
+        "--audio", type=Path, nargs="+", default=[SAMPLE], help="speech to measure on; default: a sample"
+    )
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "MODEL", "MINUTES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -54,15 +54,15 @@ def lists() -> dict[str, list[str]]:
 
 
 @functools.cache
-def features_of(handler: ModelHandler) -> list[torch.Tensor]:
-    return [handler._features(decode_audio((HELD_OUT / file).read_bytes())) for file in numbers()]
+def clips() -> list[torch.Tensor]:
+    return [decode_audio((HELD_OUT / file).read_bytes()) for file in numbers()]
 
 
 def heard(handler: ModelHandler, beam_width: int, expected: list[str], weight: float = USUAL_WEIGHT) -> str:
     """Word error rate, and how many numbers were right."""
     graph = handler._graph(tuple((phrase, weight) for phrase in expected)) if expected else None
     handler.settings["beam_width"] = beam_width
-    beams = handler._search(features_of(handler), [graph] * len(numbers()))
+    beams = handler._search(clips(), [graph] * len(numbers()))
     found = [handler.tokens_to_text(tokens).split() for (tokens, *_), *_ in beams]
     pairs = list(zip((text.split() for text in numbers().values()), found, strict=True))
     wrong, words = sum(edit_distance(*pair) for pair in pairs), sum(len(said) for said, _ in pairs)
@@ -95,7 +95,7 @@ def table_of_costs(handler: ModelHandler) -> None:
     )
     spoken = handler._features(decode_audio((ROOT / "sample_audio" / "card-number.m4a").read_bytes()))
     costs("digits, 6.5 s", handler, spoken, [(phrase, USUAL_WEIGHT) for phrase in lists()["1000 others"]])
-    _, features = engine.audio(None)
+    _, features, _ = engine.audio([engine.SAMPLE])
     with tempfile.TemporaryDirectory() as folder:
         network = engine.script(engine.stand_in(engine.blank_bias(features, "fp32", 1)), "fp32")
         large = engine.handler_for(engine.save(network, Path(folder) / "emformer_rnnt.pt"))

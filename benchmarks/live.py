@@ -388,7 +388,7 @@ def main() -> None:
         parser.error(f"there are the tables {', '.join(TABLES)}")
     torch.set_num_threads(1)
     print(f"{engine.processor()}, {os.cpu_count()} cores, one thread a worker, torch {torch.__version__}")
-    _, features = engine.audio(None)
+    _, features, _ = engine.audio([engine.SAMPLE])
     sounds = {size: sound(size) for size in ("digits", "76.7M")}
     with tempfile.TemporaryDirectory() as folder:
         models = {name: build(name, features, Path(folder) / f"{name}.pt") for name in args.models}

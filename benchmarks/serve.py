@@ -186,7 +186,7 @@ def main() -> None:
     print(f"{engine.processor()}, {psutil.cpu_count()} logical cores; torch {torch.__version__}")
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        waveform, features = engine.audio(None)
+        waveform, features, _ = engine.audio([engine.SAMPLE])
         digits = decode_audio((SAMPLES / "zero-to-nine.mp3").read_bytes())
         digits = digits.repeat(9)[: len(waveform)]
         clips = {"digits": write(Path(folder, "digits.wav"), digits), "76.7M": write(Path(folder, "10s.wav"), waveform)}
