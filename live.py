@@ -431,11 +431,22 @@ def transcript(
     return answer
 
 
-def heard_tokens(sequence: "LiveHandler.Sequence") -> Heard:
-    """The best hypothesis of the utterance so far: tokens, their frames and log-probabilities."""
-    _, _, _, (hypotheses, frames, log_probs, *_), _ = sequence.stream
-    best = hypotheses[0][0][1:]
-    return sequence.tokens + best, sequence.frames + frames[0], sequence.log_probs + log_probs[0]
+def heard_tokens(sequence: "LiveHandler.Sequence", over: bool = False) -> Heard:
+    """The best hypothesis of the utterance so far: tokens, their frames and log-probabilities.
+
+    If it is ``over``, without the bonus of a phrase that has only begun, as ``BeamSearch.without_pending`` ranks them.
+    """
+    _, _, _, (hypotheses, frames, log_probs, _, settled, matched), _ = sequence.stream
+    best = 0
+    if over and sequence.expected:
+        pending = sequence.expected[5] - sequence.expected[6]
+        ranks = [
+            (h[3] - float(pending[place])) / (len(h[0]) + settled + 1)
+            for h, (place, _) in zip(hypotheses, matched, strict=True)
+        ]
+        best = ranks.index(max(ranks))
+    tokens = hypotheses[best][0][1:]
+    return sequence.tokens + tokens, sequence.frames + frames[best], sequence.log_probs + log_probs[best]
 
 
 def heard_words(sequence: "LiveHandler.Sequence", heard: Heard, naming: tuple) -> list[dict]:
@@ -524,7 +535,7 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
     no_word, pause, longest = sequence.rules
     silence = decoded / SAMPLE_RATE - spoken
     if silence >= (pause if heard[0] else no_word) * (2 if loud else 1):
-        end_utterance(sequence, heard, "silence", naming)
+        end_utterance(sequence, heard_tokens(sequence, over=True), "silence", naming)
         begin = decoded - min(LEAD, int(silence / 2 * SAMPLE_RATE))
         return sequence.recent[len(sequence.recent) - (sequence.heard - begin) :]
     if (decoded - sequence.cut) / SAMPLE_RATE >= longest:
@@ -641,7 +652,7 @@ class LiveHandler(ModelHandler):
         self.over: dict[str, str] = {}
         self.lasted = 0.0  # seconds, the batch before
         self.processes: list[types.SimpleNamespace] = []
-        settings = settings_of(context, self.known_settings)
+        self.settings = settings = settings_of(context, self.known_settings)
         if settings["processes"] == 1:
             super().initialize(context)
             return
@@ -738,7 +749,9 @@ class LiveHandler(ModelHandler):
         process.start()
         other.close()
         begun = time.monotonic()
-        return types.SimpleNamespace(process=process, connection=connection, begun=begun, ready=False, error="", open=0)
+        process = types.SimpleNamespace(process=process, connection=connection, begun=begun, ready=False, error="")
+        process.open, process.asked = 0, begun  # sequences, and when it last got a piece
+        return process
 
     def _ready(self, process: types.SimpleNamespace, wait: bool = False) -> bool:
         """Whether a process has loaded its model; ``wait`` until that is known."""
@@ -754,11 +767,15 @@ class LiveHandler(ModelHandler):
         """``handle``, where several processes do the work: a sequence stays with the one that got its first piece."""
         begun = time.monotonic()
         for place, process in enumerate(self.processes):
-            if process.error and time.monotonic() > process.begun + RETRY:
+            failed = process.error and time.monotonic() > process.begun + RETRY
+            if failed or (process.ready and not process.process.is_alive()):
                 self.processes[place] = self._process()
         ready = [process for process in self.processes if self._ready(process)]
         if not ready:
             ready = [process for process in self.processes if self._ready(process, wait=True)]
+        for process in ready:
+            if begun - self.lasted - process.asked > self.settings["max_idle_seconds"]:
+                process.open = 0  # it forgets all that it has when it is asked again
         shares: dict[int, list[int]] = {}  # by place in ``ready``
         headers = [dict(context.get_all_request_header(index)) for index in range(len(data))]
         for index, given in enumerate(headers):
@@ -770,6 +787,7 @@ class LiveHandler(ModelHandler):
             if process not in ready:
                 process = min(ready, key=lambda each: each.open, default=None)
             if process:
+                process.asked = begun
                 process.open += lower.get("x-piece") == "0"
                 self.where[name] = process
                 shares.setdefault(ready.index(process), []).append(index)

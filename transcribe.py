@@ -381,6 +381,7 @@ def main() -> None:
     sizes = {file: size for file, size in sizes.items() if printable(file) not in results.done}
     print(f"{total} files, {total - len(sizes)} of them have their row in {args.output} already.", flush=True)
     if sizes:
+        settings["max_engine_seconds"] = args.max_audio_seconds  # nobody waits behind it
         actors, model = start(args), ray.put(model)
         transcribe(sizes, results, lambda tasks: rows_of(tasks, actors, model, settings))
     results.close()

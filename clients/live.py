@@ -82,7 +82,7 @@ class Speech:
         The piece is sent again if the connection breaks: it does not count twice.
 
         Args:
-            pcm: 16-bit little-endian mono samples, up to 30 s.
+            pcm: 16-bit little-endian mono samples, up to 25 s.
             last: whether no other will come.
 
         Raises:
@@ -148,7 +148,7 @@ def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER
 
 def texts(answer: dict) -> list[str]:
     """What an answer has of text that will not change any more and that none has had before."""
-    ended = answer.get("utterances", [answer] if answer["final"] else [])
+    ended = answer.get("utterances", []) + ([answer] if answer["final"] else [])  # the rest, after a loss
     return [utterance["text"] for utterance in ended if utterance["text"]]
 
 
@@ -179,7 +179,7 @@ def microphone_pieces(rate: int = 16_000) -> Iterator[tuple[int, bytes]]:
     with sounddevice.RawInputStream(rate, int(PIECE * rate), **options):
         while True:
             piece = heard.get()
-            while not heard.empty():
+            while not heard.empty() and len(piece) < 2 * rate * LONGEST:
                 piece += heard.get()
             yield rate, piece
 
