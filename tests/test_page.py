@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import os
 import shutil
 import threading
 import time
@@ -280,6 +281,7 @@ def test_the_browser_sends_opus_a_tenth_of_the_bytes_or_else_pcm_and_the_text_is
             assert part < 0.125 if opus else 0.9 < part <= 1.0
 
 
+@pytest.mark.skipif("QUIET_MACHINE" not in os.environ, reason="needs a machine without other work: QUIET_MACHINE=1")
 def test_a_page_whose_worker_dies_keeps_the_text_and_begins_anew(page, live_server, speech):
     with browser(page, base(live_server), *microphone(speech)) as chrome:
         chrome.execute_script(SLOW, 0)
