@@ -83,11 +83,13 @@ WARM_UP = 300  # steps over which the learning rate rises
 DECAY = 0.6  # share of the run, at its end, over which it falls
 SAVE_EVERY = 250  # steps
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
-# Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
-# so many seconds before its end to so many after it.
-MARKED = 0.25
+# Where the transducer may write, see allowed(): the mark from so many seconds after a word's beginning to so many, the
+# word from so many seconds before its end to so many after it. A mark that could come while the word before it may still
+# be written would let that be written twice, and the marked word not at all: the predictor cannot tell the two marks.
+MARK_FROM = 0.12
+MARKED = 0.28
 EARLIEST = 0.1
-LATEST = 0.12
+LATEST = 0.06
 ALONE = 0.7  # seconds: a clip of a single word that is longer has something else around it
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
@@ -400,7 +402,7 @@ def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Ten
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     last = (frames[:, None, None] - 1) * FRAME_SECONDS
     sure = known > 0
-    begin = torch.minimum(start, last - FRAME_SECONDS) - FRAME_SECONDS
+    begin = torch.minimum(torch.minimum(start + MARK_FROM, stop - EARLIEST), last - FRAME_SECONDS) - FRAME_SECONDS
     marked = torch.maximum(torch.where(sure, torch.minimum(start + MARKED, stop), stop), begin + 2 * FRAME_SECONDS)
     earliest = torch.minimum(torch.where(sure, stop - EARLIEST, start), last) - FRAME_SECONDS
     latest = torch.maximum(stop + LATEST, earliest + 2 * FRAME_SECONDS)
@@ -494,8 +496,8 @@ def transducer_loss(
     which a search of one hypothesis finds it likelier than blank.
 
     The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner that
-    expects the word that was heard before loses every word after one that it missed. Where nobody says a digit, blank
-    is to be written after a mark, too, so that a wrong mark stays without a word.
+    expects the word that was heard before loses every word after one that it missed. Where no word ends, blank is to be
+    written after a mark, too, so that a wrong mark stays without a word and an early one waits for its own.
     """
     written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1).long()
     history = torch.randint_like(targets, 3, BLANK)
@@ -517,12 +519,11 @@ def transducer_loss(
     with torch.no_grad():
         lattice = log_probs(encoded[:, :, None], predicted[:, None, :-1])
         emitted = lattice[:, :, :-1].gather(3, written[:, None, :, None].expand(-1, length, -1, 1))[..., 0]
-        emitted += FORBIDDEN * ~allowed(spans, frames, length)
+        writable = allowed(spans, frames, length)
+        emitted += FORBIDDEN * ~writable
         places = best_path(emitted, lattice[..., BLANK], frames.long(), 2 * target_lengths.long())
         moments = ((places[:, None] <= symbols[:, None]) & inside[:, None]).sum(2)  # when each symbol is written
-        begin, end = (part * (1 / FRAME_SECONDS) for part in (spans[..., 0] - 0.1, spans[..., 1] + LATEST))
-        said = ((times[:, None] >= begin[:, None]) & (times[:, None] <= end[:, None])).any(2)
-        unmarked = inside & (places % 2 == 0) & ~said
+        unmarked = inside & (places % 2 == 0) & ~writable[..., 1::2].any(2)
     waits = log_probs(encoded, rows(predicted, places))[..., BLANK] * inside
     waits = waits + log_probs(encoded, rows(predicted, places + 1))[..., BLANK] * unmarked
     used = symbols < 2 * target_lengths[:, None]
