@@ -67,7 +67,7 @@ FFMPEG_OPTIONS = {
     "ignore_editlist": "1",  # FFmpeg can take minutes over it and cuts at whole packets: ``edited`` does it instead
 }
 # The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
-# specific first.
+# specific first. ``formatted`` writes them.
 FORMATS = {
     "text": ("text/plain; charset=utf-8", ("text/plain", "text/*", "*/*")),
     "json": ("application/json", ("application/json", "application/*")),
@@ -76,6 +76,7 @@ FORMATS = {
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
     "events": ("text/event-stream; charset=utf-8", ("text/event-stream",)),
 }
+WITHOUT_TIMES = ("text", "json", "events")  # of these, what a plain RNNTBeamSearch can give, too
 # Where the audio is looked for, in forms and JSON; "body" is a raw body.
 AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
 TEXT_FIELDS = ("response_format", "audio_track", "hotwords", "prompt", "stream")  # never, whatever their bytes
@@ -177,6 +178,17 @@ def settings_of(context, known: dict[str, int | str | None]) -> dict[str, int | 
     return known | given
 
 
+def headers_of(index: int, context) -> dict[str, str]:
+    """A request's headers, their names in lower case."""
+    headers = context.get_all_request_header(index).items()
+    headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
+    if not headers:
+        # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a StreamPredictions call
+        # does not say that it is the last one.
+        context.set_response_header(index, "ts_stream_next", "false")
+    return headers
+
+
 def json_body(request: dict) -> dict:
     """The object that was sent as a JSON body, or an empty one."""
     body = request.get("body")
@@ -255,7 +267,7 @@ def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
         media_types = ", ".join(media_types[0] for _, media_types in FORMATS.values())
         allowed = f"The field response_format may be {', '.join(FORMATS)}; the header Accept {media_types}."
         raise refusal(406, "UnknownFormat", f"There is no such format. {allowed}")
-    if name not in ("text", "json", "events") and not has_times:
+    if name not in WITHOUT_TIMES and not has_times:
         message = "The model file gives no times: only the formats text, json and events can be had."
         raise refusal(406, "NoTimes", message)
     return name
@@ -707,6 +719,22 @@ def sane(waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
 # From waveforms to tokens
 
 
+def processors_of(files: dict[str, bytes | str]) -> tuple[torch.nn.Module, Callable]:
+    """torchaudio's feature extractor and token processor, on the ``EXTRA_FILES`` that came with the model.
+
+    A model file without them (a scripted ``RNNTBeamSearch`` of the LibriSpeech bundle, as older examples
+    export it) gets the bundle's own, from the torch hub cache or by download.
+    """
+    bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
+    with tempfile.TemporaryDirectory() as folder:
+        if files["global_stats.json"] and files["tokenizer.model"]:
+            stats, tokenizer = Path(folder, "global_stats.json"), Path(folder, "tokenizer.model")
+            stats.write_bytes(files["global_stats.json"])
+            tokenizer.write_bytes(files["tokenizer.model"])
+            bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
+        return bundle.get_feature_extractor(), bundle.get_token_processor()
+
+
 class ModelHandler:
     """One worker's model: TorchServe calls ``initialize`` once and ``handle`` for every batch of requests."""
 
@@ -742,16 +770,16 @@ class ModelHandler:
             raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
         model = torch.jit.load(str(model_path), map_location="cpu", _extra_files=files).eval()
-        self._build_processors(files)
+        self.extract_features, self.tokens_to_text = processors_of(files)
+        self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
         metadata = json.loads(files["metadata.json"] or "{}")
-        gpu_id = properties.get("gpu_id")
+        gpu_id, int8 = properties.get("gpu_id"), metadata.get("precision") == "int8"
         on_gpu = gpu_id is not None and torch.cuda.is_available()
-        if on_gpu and metadata.get("precision") == "int8":
+        if on_gpu and int8:
             logger.warning("An int8 model runs on the CPU: PyTorch has its products for no GPU. Export fp32 or bf16.")
-            on_gpu = False
-        if metadata.get("precision") == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        if int8 and "fbgemm" not in torch.backends.quantized.supported_engines:
             raise ValueError("An int8 model needs FBGEMM, which PyTorch has on x86-64 alone: export fp32 or bf16.")
-        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
+        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu and not int8 else "cpu")
         self.model = model.to(self.device)
         self.model_name = metadata.get("model", model_path.stem)
         self.word_delays = metadata.get("word_delays", {"start": 0.0, "end": 0.0})  # seconds, see export_model.py
@@ -773,23 +801,6 @@ class ModelHandler:
         gc.collect()
         gc.freeze()
         self.initialized = True
-
-    def _build_processors(self, files: dict[str, bytes | str]) -> None:
-        """Build torchaudio's extractor and token processor, on the files that came with the model.
-
-        A model file without them (a scripted ``RNNTBeamSearch`` of the LibriSpeech bundle, as older examples
-        export it) gets the bundle's own, from the torch hub cache or by download.
-        """
-        bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
-        with tempfile.TemporaryDirectory() as folder:
-            if files["global_stats.json"] and files["tokenizer.model"]:
-                stats, tokenizer = Path(folder, "global_stats.json"), Path(folder, "tokenizer.model")
-                stats.write_bytes(files["global_stats.json"])
-                tokenizer.write_bytes(files["tokenizer.model"])
-                bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
-            self.extract_features = bundle.get_feature_extractor()
-            self.tokens_to_text = bundle.get_token_processor()
-        self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
 
     def _expected(self, request: dict, headers: dict[str, str]) -> tuple | None:
         """What the engine takes for the phrases that are expected, in the field ``hotwords`` or the header."""
@@ -831,23 +842,16 @@ class ModelHandler:
         spent: Counter[str] = Counter()  # seconds by step
         for index, request in enumerate(data):
             try:
-                headers = context.get_all_request_header(index).items()
-                headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
-                if not headers:
-                    # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
-                    # StreamPredictions call does not say that it is the last one.
-                    context.set_response_header(index, "ts_stream_next", "false")
-                sounds[index] = self._sounds(request, headers)
+                sounds[index] = self._sounds(request, headers_of(index, context))
             except Exception as error:
                 answers[index] = refused(index, context, error)
-        every = [sound for request in sounds.values() for sound in request]
+        every = [sound for own in sounds.values() for sound in own]
         decoded = time.perf_counter()
         self._transcribe(every, spent)
         spent["engine"] = time.perf_counter() - decoded - spent["features"]
-        for index, request in sounds.items():
+        for index, own in sounds.items():
             try:
-                several = len(request) > 1 or "instances" in json_body(data[index])
-                answers[index] = self._answer(index, context, request, several)
+                answers[index] = self._answer(index, context, data[index], own)
             except Exception as error:
                 answers[index] = refused(index, context, error)
         spent["decode"], spent["handler"] = decoded - started, time.perf_counter() - started
@@ -863,17 +867,16 @@ class ModelHandler:
 
     def _sounds(self, request: dict, headers: dict) -> list[dict]:
         """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
-        response_format = format_of(request, headers, has_times=self.has_times)
+        asked_for = {"format": format_of(request, headers, has_times=self.has_times)}
         sounds, used, track = [], time.thread_time(), track_of(request, headers)
-        expected = self._expected(request, headers)
+        asked_for["expected"] = self._expected(request, headers)
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
         for audio in audio_files(request, headers):
             notes: list[str] = []
             waveform = decode_audio(audio, notes, longest, left, used, track)
             duration = len(waveform) / SAMPLE_RATE
             left -= duration
-            sound = {"format": response_format, "waveform": waveform, "duration": duration, "notes": notes}
-            sounds.append(sound | {"expected": expected})
+            sounds.append(asked_for | {"waveform": waveform, "duration": duration, "notes": notes})
         return sounds
 
     def _transcribe(self, sounds: list[dict], spent: Counter[str]) -> None:
@@ -907,8 +910,7 @@ class ModelHandler:
         with torch.inference_mode():
             if not self.has_times:
                 features = [self._features(waveform).to(self.device) for waveform in waveforms]
-                lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
-                beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
+                beams = [self.model(one, torch.tensor([len(one)], device=self.device), beam_width) for one in features]
                 return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
             streams = dict(enumerate(self.model.begin() for _ in waveforms))
             windows = [self._windows(waveform) for waveform in waveforms]
@@ -917,10 +919,8 @@ class ModelHandler:
                 started = time.perf_counter()
                 features, ended = zip(*(next(windows[i]) for i in streams), strict=True)
                 spent["features"] += time.perf_counter() - started
-                work = [list(streams.values()), list(features), list(ended), beam_width]
-                if any(contexts):
-                    work.append([contexts[i] for i in streams])
-                advanced = self.model.advance(*work)
+                more = [[contexts[i] for i in streams]] if any(contexts) else []  # which older model files do not take
+                advanced = self.model.advance(list(streams.values()), list(features), list(ended), beam_width, *more)
                 for i, stream, end in zip(list(streams), advanced, ended, strict=True):
                     streams[i] = stream
                     for known, new in zip(settled[i], stream[4], strict=True):
@@ -961,9 +961,10 @@ class ModelHandler:
         part = waveform[first * HOP_SAMPLES : None if end is None else (end + MARGIN) * HOP_SAMPLES]
         return self.extract_features(part)[0][begin - first : None if end is None else end - first]
 
-    def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
+    def _answer(self, index: int, context, request: dict, sounds: list[dict]) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""
-        answers = [self._formatted(sound) for sound in sounds]
+        answers = [formatted(sound, self.model_name, self.tokens_to_text, self.word_delays) for sound in sounds]
+        several = len(sounds) > 1 or "instances" in json_body(request)
         content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
         context.set_response_content_type(index, content_type)
         if mended := [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]:
@@ -972,30 +973,35 @@ class ModelHandler:
         measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
         return {"predictions": answers} if several else answers[0]
 
-    def _formatted(self, sound: dict) -> str | dict:
-        """The answer for one file, in the format that was asked for."""
-        if isinstance(sound["heard"], Exception):
-            raise sound["heard"]
-        best, *_ = hypotheses = sound["heard"]
-        text = self.tokens_to_text(best[0])
-        if sound["format"] in ("text", "json", "events"):
-            return {"text": text, "json": {"text": text}, "events": events(text)}[sound["format"]]
-        words = words_of(best, sound["duration"], self.tokens_to_text, self.word_delays)
-        segments = segments_of(words)
-        if sound["format"] != "verbose_json":
-            return subtitles(segments, sound["format"])
-        answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
-        words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
-        answer |= {"model": self.model_name, "segments": segments, "words": words}
-        if self.settings["beam_width"] > 1:
-            scores: dict[str, float] = {}
-            for tokens, score, *_ in hypotheses:
-                scores.setdefault(self.tokens_to_text(tokens), round(score, 4))
-            answer["alternatives"] = [{"text": text, "score": score} for text, score in scores.items()]
-        return answer | ({"notes": sound["notes"]} if sound["notes"] else {})
-
 
 # From tokens to the answer
+
+
+def formatted(sound: dict, model_name: str, processor: Callable, word_delays: dict[str, float]) -> str | dict:
+    """The answer for one file, in the format that was asked for, with what ``words_of`` needs for it.
+
+    Raises:
+        Exception: what made it fail.
+    """
+    if isinstance(sound["heard"], Exception):
+        raise sound["heard"]
+    best, *_ = hypotheses = sound["heard"]
+    text = processor(best[0])
+    if sound["format"] in WITHOUT_TIMES:
+        return {"text": text, "json": {"text": text}, "events": events(text)}[sound["format"]]
+    words = words_of(best, sound["duration"], processor, word_delays)
+    segments = segments_of(words)
+    if sound["format"] != "verbose_json":
+        return subtitles(segments, sound["format"])
+    answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
+    words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
+    answer |= {"model": model_name, "segments": segments, "words": words}
+    if len(hypotheses) > 1:
+        scores: dict[str, float] = {}
+        for tokens, score, *_ in hypotheses:
+            scores.setdefault(processor(tokens), round(score, 4))
+        answer["alternatives"] = [{"text": text, "score": score} for text, score in scores.items()]
+    return answer | ({"notes": sound["notes"]} if sound["notes"] else {})
 
 
 def words_of(hypothesis: tuple, duration: float, processor: Callable, word_delays: dict[str, float]) -> list[dict]:
