@@ -68,7 +68,7 @@ FFMPEG_OPTIONS = {
 }
 # The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
 # specific first. ``formatted`` writes them.
-FORMATS = {
+ANSWER_FORMATS = {
     "text": ("text/plain; charset=utf-8", ("text/plain", "text/*", "*/*")),
     "json": ("application/json", ("application/json", "application/*")),
     "verbose_json": ("application/json", ("application/json;profile=verbose",)),
@@ -210,6 +210,10 @@ def track_of(request: dict, headers: dict[str, str]) -> int | None:
     return int(track) if track else None
 
 
+def bad_hotwords(message: str) -> PredictionException:
+    return refusal(400, "BadHotwords", message)
+
+
 def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
     """Phrases that are expected, and their weights, of ``phrase: weight, phrase``, a list of such, or an object."""
     if isinstance(given, str):
@@ -219,11 +223,10 @@ def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
     elif isinstance(given, dict):
         given = list(given.items())
     else:
-        example = "four two, nine: 2"
-        message = f"hotwords (or the header x-hotwords) must be phrases with commas between them, as in: {example}."
-        raise refusal(400, "BadHotwords", message)
+        how = "phrases with commas between them, as in: four two, nine: 2"
+        raise bad_hotwords(f"hotwords (or the header x-hotwords) must be {how}.")
     if len(given) > MAX_HOTWORDS:
-        raise refusal(400, "BadHotwords", f"There are more than {MAX_HOTWORDS} hotwords, the most for a request.")
+        raise bad_hotwords(f"There are more than {MAX_HOTWORDS} hotwords, the most for a request.")
     hotwords = []
     for number, (phrase, weight) in enumerate(given, start=1):
         try:
@@ -231,12 +234,10 @@ def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
         except (TypeError, ValueError, OverflowError):
             weight = math.nan
         if not 0 < weight <= MAX_WEIGHT:
-            message = f"The weight of hotword {number} must be a number above 0, at most {MAX_WEIGHT:g}."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"The weight of hotword {number} must be a number above 0, at most {MAX_WEIGHT:g}.")
         phrase = str(phrase).strip()
         if not 0 < len(phrase) <= MAX_HOTWORD_LENGTH:
-            message = f"Hotword {number} must have 1 to {MAX_HOTWORD_LENGTH} characters."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"Hotword {number} must have 1 to {MAX_HOTWORD_LENGTH} characters.")
         hotwords.append((phrase, weight))
     return tuple(hotwords)
 
@@ -248,8 +249,7 @@ def spelt(phrases: list[str], processor: Callable) -> tuple[list[list[int]], tor
         forms = [spell.encode(form) for form in (phrase, phrase.lower())]
         forms = [form for form in forms if form and spell.unk_id() not in form]
         if not forms:
-            message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"The model cannot write hotword {number}: leave it out or spell it otherwise.")
         tokens.append(forms[0])
     pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
     kinds = [2 if i in silent else int(not piece.startswith("\u2581")) for i, piece in enumerate(pieces)]
@@ -257,15 +257,15 @@ def spelt(phrases: list[str], processor: Callable) -> tuple[list[list[int]], tor
 
 
 def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
-    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
+    """One of ``ANSWER_FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
 
     With the field ``stream``, whatever they say, it is what OpenAI's clients then read.
     """
     name = "events" if str(field(request, "stream")).lower() in ("true", "1") else field(request, "response_format")
     name = name or accepted(headers.get("accept", "").lower().replace(" ", "").replace('"', "") or "*/*")
-    if not isinstance(name, str) or name not in FORMATS:
-        media_types = ", ".join(media_types[0] for _, media_types in FORMATS.values())
-        allowed = f"The field response_format may be {', '.join(FORMATS)}; the header Accept {media_types}."
+    if not isinstance(name, str) or name not in ANSWER_FORMATS:
+        media_types = ", ".join(media_types[0] for _, media_types in ANSWER_FORMATS.values())
+        allowed = f"The field response_format may be {', '.join(ANSWER_FORMATS)}; the header Accept {media_types}."
         raise refusal(406, "UnknownFormat", f"There is no such format. {allowed}")
     if name not in WITHOUT_TIMES and not has_times:
         message = "The model file gives no times: only the formats text, json and events can be had."
@@ -274,7 +274,7 @@ def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
 
 
 def accepted(accept: str) -> str | None:
-    """The one of ``FORMATS`` with the highest weight in a header Accept; of equals, the first in it (RFC 9110)."""
+    """The format with the highest weight in a header Accept; of equals, the first in it (RFC 9110)."""
     ranges: dict[str, tuple[float, int]] = {}
     for place, item in enumerate(accept.split(",")):
         media_type, *parameters = item.split(";")
@@ -284,7 +284,7 @@ def accepted(accept: str) -> str | None:
         ranges.setdefault(media_type, (quality, -place))
     weights = {
         name: next((ranges[media_type] for media_type in media_types if media_type in ranges), (0.0, 0))
-        for name, (_, media_types) in FORMATS.items()
+        for name, (_, media_types) in ANSWER_FORMATS.items()
     }
     best = max(weights, key=weights.get)
     return best if weights[best][0] > 0 else None
@@ -331,8 +331,7 @@ def audio_of(value: object) -> bytes | bytearray:
         try:
             value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError:
-            message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
-            raise refusal(400, "NotAudio", message) from None
+            raise refusal(400, "NotAudio", f"The request is text that is not audio in base64. {SEND_AUDIO}.") from None
     if not isinstance(value, bytes | bytearray):
         names = f"for data you may write {', '.join(AUDIO_FIELDS[1:-1])}, too"
         message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}} ({names}).'
@@ -965,7 +964,7 @@ class ModelHandler:
         """One request's answer, in the format that it asked for; sets its content type."""
         answers = [formatted(sound, self.model_name, self.tokens_to_text, self.word_delays) for sound in sounds]
         several = len(sounds) > 1 or "instances" in json_body(request)
-        content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
+        content_type = "application/json" if several else ANSWER_FORMATS[sounds[0]["format"]][0]
         context.set_response_content_type(index, content_type)
         if mended := [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]:
             note = f"{len(mended)} of the files had to be mended: ask for verbose_json." if several else mended[0]
@@ -978,11 +977,7 @@ class ModelHandler:
 
 
 def formatted(sound: dict, model_name: str, processor: Callable, word_delays: dict[str, float]) -> str | dict:
-    """The answer for one file, in the format that was asked for, with what ``words_of`` needs for it.
-
-    Raises:
-        Exception: what made it fail.
-    """
+    """The answer for one file, in the format that was asked for; raises what made it fail."""
     if isinstance(sound["heard"], Exception):
         raise sound["heard"]
     best, *_ = hypotheses = sound["heard"]
