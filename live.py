@@ -202,25 +202,25 @@ def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -
 
 def rules_of(headers: dict[str, str], settings: dict) -> tuple[float, ...] | None:
     """The seconds of the three ``RULES`` for a sequence; None if it is to be one utterance."""
-    asked = headers.get("x-endpoints", "false").lower()
-    if asked == "false":
+    header = headers.get("x-endpoints", "false").lower()
+    if header == "false":
         return None
-    given = [settings[name] for name in RULES] if asked == "true" else asked.replace(" ", "").split(",")
+    given = [settings[name] for name in RULES] if header == "true" else header.replace(" ", "").split(",")
     if len(given) != len(RULES) or not all(NUMBER.fullmatch(str(each)) for each in given):
         message = "The header x-endpoints must be true, false, or the three rules' milliseconds, like 2400,800,20000."
         raise refusal(400, "BadEndpoints", message)
     least, most = RULE_LIMITS
-    if asked != "true" and not all(least <= int(each) <= most for each in given):
+    if header != "true" and not all(least <= int(each) <= most for each in given):
         raise refusal(400, "BadEndpoints", f"In the header x-endpoints each time must be from {least} to {most} ms.")
     return tuple(int(each) / 1000 for each in given)
 
 
 def wants_words(headers: dict[str, str]) -> bool:
     """Whether every answer of a sequence shall have the words, not the last alone."""
-    asked = headers.get("x-words", "false").lower()
-    if asked not in ("true", "false"):
+    header = headers.get("x-words", "false").lower()
+    if header not in ("true", "false"):
         raise refusal(400, "BadWords", "The header x-words must be true or false.")
-    return asked == "true"
+    return header == "true"
 
 
 # From a stream of Opus to samples
