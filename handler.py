@@ -755,24 +755,23 @@ class ModelHandler:
                 model on a processor that cannot compute it.
             FileNotFoundError: the archive has no model file.
         """
-        properties = context.system_properties
         self.settings = settings_of(context, self.known_settings)
         torch.set_num_threads(self.settings["num_threads"])
         if self.settings["num_threads"] > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             # OpenMP reads it when torch is loaded, which TorchServe has done by now.
             logger.warning("num_threads > 1: start TorchServe with OMP_WAIT_POLICY=passive, or it is many times slower")
-        model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
+        model_path = Path(context.system_properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         if not model_path.is_file():
             raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
-        expected = self.settings["sha256"]
-        if expected and (found := hashlib.sha256(model_path.read_bytes()).hexdigest()) != expected:
+        wanted = self.settings["sha256"]
+        if wanted and (found := hashlib.sha256(model_path.read_bytes()).hexdigest()) != wanted:
             raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
         model = torch.jit.load(str(model_path), map_location="cpu", _extra_files=files).eval()
         self.extract_features, self.tokens_to_text = processors_of(files)
         self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
         metadata = json.loads(files["metadata.json"] or "{}")
-        gpu_id, int8 = properties.get("gpu_id"), metadata.get("precision") == "int8"
+        gpu_id, int8 = context.system_properties.get("gpu_id"), metadata.get("precision") == "int8"
         on_gpu = gpu_id is not None and torch.cuda.is_available()
         if on_gpu and int8:
             logger.warning("An int8 model runs on the CPU: PyTorch has its products for no GPU. Export fp32 or bf16.")
@@ -866,10 +865,11 @@ class ModelHandler:
 
     def _sounds(self, request: dict, headers: dict) -> list[dict]:
         """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
-        asked_for = {"format": format_of(request, headers, has_times=self.has_times)}
-        sounds, used, track = [], time.thread_time(), track_of(request, headers)
-        asked_for["expected"] = self._expected(request, headers)
+        used, response_format = time.thread_time(), format_of(request, headers, has_times=self.has_times)
+        track, expected = track_of(request, headers), self._expected(request, headers)
+        asked_for = {"format": response_format, "expected": expected}
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
+        sounds = []
         for audio in audio_files(request, headers):
             notes: list[str] = []
             waveform = decode_audio(audio, notes, longest, left, used, track)
@@ -1029,11 +1029,7 @@ def words_of(hypothesis: tuple, duration: float, processor: Callable, word_delay
 
 
 def segments_of(words: list[dict]) -> list[dict]:
-    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines.
-
-    With the names and types of OpenAI's: of what a transducer has not, ``no_speech_prob`` and ``temperature`` are 0, as
-    is ``seek``, because all the audio is decoded at once.
-    """
+    """Words joined to what a subtitle holds, under OpenAI's names; docs/requests.md says why some of them are 0."""
     groups: list[list[dict]] = []
     for word in words:
         group = groups[-1] if groups else [word]

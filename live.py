@@ -553,9 +553,8 @@ class LiveHandler(ModelHandler):
         expected: tuple | None = None  # what the engine takes for the phrases that are expected
         rules: tuple[float, ...] | None = None  # seconds of ``RULES``, where it is told apart into utterances
         with_words: bool = False  # whether every answer has the words
-        # At the model's rate: samples so far; (samples,), those that frames to come are made of.
-        heard: int = 0
-        samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+        heard: int = 0  # samples so far, at the model's rate, as all below
+        samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (n,), of frames to come
         # What has settled, see ``Decoder.advance``, and its text, with a leading space.
         tokens: list[int] = dataclasses.field(default_factory=list)
         frames: list[int] = dataclasses.field(default_factory=list)
@@ -563,8 +562,7 @@ class LiveHandler(ModelHandler):
         text: str = ""
         begun: int = 0  # the sample of the sequence where the stream began: ``heard`` and ``frames`` count from there
         cut: int = 0  # the sample of the stream at which an utterance was too long and the next has begun
-        # (samples,), the latest ones, where the next utterance may begin.
-        recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+        recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (n,), see ``seam``
         utterances: list[dict] = dataclasses.field(default_factory=list)  # that have ended since the last answer
         # dB, see ``still_loud``.
         levels: list[float] = dataclasses.field(default_factory=list)
