@@ -67,8 +67,8 @@ FFMPEG_OPTIONS = {
     "ignore_editlist": "1",  # FFmpeg can take minutes over it and cuts at whole packets: ``edited`` does it instead
 }
 # The known answers, by the name of OpenAI's response_format: what they are, and what in Accept asks for them, the most
-# specific first.
-FORMATS = {
+# specific first. ``formatted`` writes them.
+ANSWER_FORMATS = {
     "text": ("text/plain; charset=utf-8", ("text/plain", "text/*", "*/*")),
     "json": ("application/json", ("application/json", "application/*")),
     "verbose_json": ("application/json", ("application/json;profile=verbose",)),
@@ -76,6 +76,7 @@ FORMATS = {
     "vtt": ("text/vtt; charset=utf-8", ("text/vtt",)),
     "events": ("text/event-stream; charset=utf-8", ("text/event-stream",)),
 }
+WITHOUT_TIMES = ("text", "json", "events")  # of these, what a plain RNNTBeamSearch can give, too
 # Where the audio is looked for, in forms and JSON; "body" is a raw body.
 AUDIO_FIELDS = ("data", "file", "audio", "b64", "base64", "input", "inputs", "instances", "content", "body")
 TEXT_FIELDS = ("response_format", "audio_track", "hotwords", "prompt", "stream")  # never, whatever their bytes
@@ -177,6 +178,17 @@ def settings_of(context, known: dict[str, int | str | None]) -> dict[str, int | 
     return known | given
 
 
+def headers_of(index: int, context) -> dict[str, str]:
+    """A request's headers, their names in lower case."""
+    headers = context.get_all_request_header(index).items()
+    headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
+    if not headers:
+        # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a StreamPredictions call
+        # does not say that it is the last one.
+        context.set_response_header(index, "ts_stream_next", "false")
+    return headers
+
+
 def json_body(request: dict) -> dict:
     """The object that was sent as a JSON body, or an empty one."""
     body = request.get("body")
@@ -198,6 +210,10 @@ def track_of(request: dict, headers: dict[str, str]) -> int | None:
     return int(track) if track else None
 
 
+def bad_hotwords(message: str) -> PredictionException:
+    return refusal(400, "BadHotwords", message)
+
+
 def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
     """Phrases that are expected, and their weights, of ``phrase: weight, phrase``, a list of such, or an object."""
     if isinstance(given, str):
@@ -207,11 +223,10 @@ def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
     elif isinstance(given, dict):
         given = list(given.items())
     else:
-        example = "four two, nine: 2"
-        message = f"hotwords (or the header x-hotwords) must be phrases with commas between them, as in: {example}."
-        raise refusal(400, "BadHotwords", message)
+        how = "phrases with commas between them, as in: four two, nine: 2"
+        raise bad_hotwords(f"hotwords (or the header x-hotwords) must be {how}.")
     if len(given) > MAX_HOTWORDS:
-        raise refusal(400, "BadHotwords", f"There are more than {MAX_HOTWORDS} hotwords, the most for a request.")
+        raise bad_hotwords(f"There are more than {MAX_HOTWORDS} hotwords, the most for a request.")
     hotwords = []
     for number, (phrase, weight) in enumerate(given, start=1):
         try:
@@ -219,12 +234,10 @@ def hotwords_of(given: object) -> tuple[tuple[str, float], ...]:
         except (TypeError, ValueError, OverflowError):
             weight = math.nan
         if not 0 < weight <= MAX_WEIGHT:
-            message = f"The weight of hotword {number} must be a number above 0, at most {MAX_WEIGHT:g}."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"The weight of hotword {number} must be a number above 0, at most {MAX_WEIGHT:g}.")
         phrase = str(phrase).strip()
         if not 0 < len(phrase) <= MAX_HOTWORD_LENGTH:
-            message = f"Hotword {number} must have 1 to {MAX_HOTWORD_LENGTH} characters."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"Hotword {number} must have 1 to {MAX_HOTWORD_LENGTH} characters.")
         hotwords.append((phrase, weight))
     return tuple(hotwords)
 
@@ -236,8 +249,7 @@ def spelt(phrases: list[str], processor: Callable) -> tuple[list[list[int]], tor
         forms = [spell.encode(form) for form in (phrase, phrase.lower())]
         forms = [form for form in forms if form and spell.unk_id() not in form]
         if not forms:
-            message = f"The model cannot write hotword {number}: leave it out or spell it otherwise."
-            raise refusal(400, "BadHotwords", message)
+            raise bad_hotwords(f"The model cannot write hotword {number}: leave it out or spell it otherwise.")
         tokens.append(forms[0])
     pieces = map(spell.id_to_piece, range(spell.get_piece_size()))
     kinds = [2 if i in silent else int(not piece.startswith("\u2581")) for i, piece in enumerate(pieces)]
@@ -245,24 +257,24 @@ def spelt(phrases: list[str], processor: Callable) -> tuple[list[list[int]], tor
 
 
 def format_of(request: dict, headers: dict[str, str], has_times: bool) -> str:
-    """One of ``FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
+    """One of ``ANSWER_FORMATS``: that of the field ``response_format``, or else the likeliest in the header ``Accept``.
 
     With the field ``stream``, whatever they say, it is what OpenAI's clients then read.
     """
     name = "events" if str(field(request, "stream")).lower() in ("true", "1") else field(request, "response_format")
     name = name or accepted(headers.get("accept", "").lower().replace(" ", "").replace('"', "") or "*/*")
-    if not isinstance(name, str) or name not in FORMATS:
-        media_types = ", ".join(media_types[0] for _, media_types in FORMATS.values())
-        allowed = f"The field response_format may be {', '.join(FORMATS)}; the header Accept {media_types}."
+    if not isinstance(name, str) or name not in ANSWER_FORMATS:
+        media_types = ", ".join(media_types[0] for _, media_types in ANSWER_FORMATS.values())
+        allowed = f"The field response_format may be {', '.join(ANSWER_FORMATS)}; the header Accept {media_types}."
         raise refusal(406, "UnknownFormat", f"There is no such format. {allowed}")
-    if name not in ("text", "json", "events") and not has_times:
+    if name not in WITHOUT_TIMES and not has_times:
         message = "The model file gives no times: only the formats text, json and events can be had."
         raise refusal(406, "NoTimes", message)
     return name
 
 
 def accepted(accept: str) -> str | None:
-    """The one of ``FORMATS`` with the highest weight in a header Accept; of equals, the first in it (RFC 9110)."""
+    """The format with the highest weight in a header Accept; of equals, the first in it (RFC 9110)."""
     ranges: dict[str, tuple[float, int]] = {}
     for place, item in enumerate(accept.split(",")):
         media_type, *parameters = item.split(";")
@@ -272,7 +284,7 @@ def accepted(accept: str) -> str | None:
         ranges.setdefault(media_type, (quality, -place))
     weights = {
         name: next((ranges[media_type] for media_type in media_types if media_type in ranges), (0.0, 0))
-        for name, (_, media_types) in FORMATS.items()
+        for name, (_, media_types) in ANSWER_FORMATS.items()
     }
     best = max(weights, key=weights.get)
     return best if weights[best][0] > 0 else None
@@ -319,8 +331,7 @@ def audio_of(value: object) -> bytes | bytearray:
         try:
             value = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError:
-            message = f"The request is text that is not audio in base64. {SEND_AUDIO}."
-            raise refusal(400, "NotAudio", message) from None
+            raise refusal(400, "NotAudio", f"The request is text that is not audio in base64. {SEND_AUDIO}.") from None
     if not isinstance(value, bytes | bytearray):
         names = f"for data you may write {', '.join(AUDIO_FIELDS[1:-1])}, too"
         message = f'The request is JSON without audio. {SEND_AUDIO}, or {{"data": "<the file in base64>"}} ({names}).'
@@ -707,6 +718,22 @@ def sane(waveform: torch.Tensor, notes: list[str]) -> torch.Tensor:
 # From waveforms to tokens
 
 
+def processors_of(files: dict[str, bytes | str]) -> tuple[torch.nn.Module, Callable]:
+    """torchaudio's feature extractor and token processor, on the ``EXTRA_FILES`` that came with the model.
+
+    A model file without them (a scripted ``RNNTBeamSearch`` of the LibriSpeech bundle, as older examples
+    export it) gets the bundle's own, from the torch hub cache or by download.
+    """
+    bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
+    with tempfile.TemporaryDirectory() as folder:
+        if files["global_stats.json"] and files["tokenizer.model"]:
+            stats, tokenizer = Path(folder, "global_stats.json"), Path(folder, "tokenizer.model")
+            stats.write_bytes(files["global_stats.json"])
+            tokenizer.write_bytes(files["tokenizer.model"])
+            bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
+        return bundle.get_feature_extractor(), bundle.get_token_processor()
+
+
 class ModelHandler:
     """One worker's model: TorchServe calls ``initialize`` once and ``handle`` for every batch of requests."""
 
@@ -728,30 +755,29 @@ class ModelHandler:
                 model on a processor that cannot compute it.
             FileNotFoundError: the archive has no model file.
         """
-        properties = context.system_properties
         self.settings = settings_of(context, self.known_settings)
         torch.set_num_threads(self.settings["num_threads"])
         if self.settings["num_threads"] > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
             # OpenMP reads it when torch is loaded, which TorchServe has done by now.
             logger.warning("num_threads > 1: start TorchServe with OMP_WAIT_POLICY=passive, or it is many times slower")
-        model_path = Path(properties["model_dir"]) / context.manifest["model"]["serializedFile"]
+        model_path = Path(context.system_properties["model_dir"]) / context.manifest["model"]["serializedFile"]
         if not model_path.is_file():
             raise FileNotFoundError(f"The archive has no model file {model_path.name}.")
-        expected = self.settings["sha256"]
-        if expected and (found := hashlib.sha256(model_path.read_bytes()).hexdigest()) != expected:
+        wanted = self.settings["sha256"]
+        if wanted and (found := hashlib.sha256(model_path.read_bytes()).hexdigest()) != wanted:
             raise ValueError(f"{model_path.name} has the SHA-256 {found}, not the one in model-config.yaml.")
         files = dict.fromkeys(EXTRA_FILES, "")
         model = torch.jit.load(str(model_path), map_location="cpu", _extra_files=files).eval()
-        self._build_processors(files)
+        self.extract_features, self.tokens_to_text = processors_of(files)
+        self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
         metadata = json.loads(files["metadata.json"] or "{}")
-        gpu_id = properties.get("gpu_id")
+        gpu_id, int8 = context.system_properties.get("gpu_id"), metadata.get("precision") == "int8"
         on_gpu = gpu_id is not None and torch.cuda.is_available()
-        if on_gpu and metadata.get("precision") == "int8":
+        if on_gpu and int8:
             logger.warning("An int8 model runs on the CPU: PyTorch has its products for no GPU. Export fp32 or bf16.")
-            on_gpu = False
-        if metadata.get("precision") == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        if int8 and "fbgemm" not in torch.backends.quantized.supported_engines:
             raise ValueError("An int8 model needs FBGEMM, which PyTorch has on x86-64 alone: export fp32 or bf16.")
-        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu else "cpu")
+        self.device = torch.device(f"cuda:{gpu_id}" if on_gpu and not int8 else "cpu")
         self.model = model.to(self.device)
         self.model_name = metadata.get("model", model_path.stem)
         self.word_delays = metadata.get("word_delays", {"start": 0.0, "end": 0.0})  # seconds, see export_model.py
@@ -773,23 +799,6 @@ class ModelHandler:
         gc.collect()
         gc.freeze()
         self.initialized = True
-
-    def _build_processors(self, files: dict[str, bytes | str]) -> None:
-        """Build torchaudio's extractor and token processor, on the files that came with the model.
-
-        A model file without them (a scripted ``RNNTBeamSearch`` of the LibriSpeech bundle, as older examples
-        export it) gets the bundle's own, from the torch hub cache or by download.
-        """
-        bundle = EMFORMER_RNNT_BASE_LIBRISPEECH
-        with tempfile.TemporaryDirectory() as folder:
-            if files["global_stats.json"] and files["tokenizer.model"]:
-                stats, tokenizer = Path(folder, "global_stats.json"), Path(folder, "tokenizer.model")
-                stats.write_bytes(files["global_stats.json"])
-                tokenizer.write_bytes(files["tokenizer.model"])
-                bundle = dataclasses.replace(bundle, _global_stats_path=str(stats), _sp_model_path=str(tokenizer))
-            self.extract_features = bundle.get_feature_extractor()
-            self.tokens_to_text = bundle.get_token_processor()
-        self._graph = functools.lru_cache(maxsize=GRAPHS)(self._graph)
 
     def _expected(self, request: dict, headers: dict[str, str]) -> tuple | None:
         """What the engine takes for the phrases that are expected, in the field ``hotwords`` or the header."""
@@ -831,23 +840,16 @@ class ModelHandler:
         spent: Counter[str] = Counter()  # seconds by step
         for index, request in enumerate(data):
             try:
-                headers = context.get_all_request_header(index).items()
-                headers = {name.lower(): value for name, value in headers if isinstance(value, str)}
-                if not headers:
-                    # Without an HTTP header it came over gRPC, where the worker is killed if the answer to a
-                    # StreamPredictions call does not say that it is the last one.
-                    context.set_response_header(index, "ts_stream_next", "false")
-                sounds[index] = self._sounds(request, headers)
+                sounds[index] = self._sounds(request, headers_of(index, context))
             except Exception as error:
                 answers[index] = refused(index, context, error)
-        every = [sound for request in sounds.values() for sound in request]
+        every = [sound for own in sounds.values() for sound in own]
         decoded = time.perf_counter()
         self._transcribe(every, spent)
         spent["engine"] = time.perf_counter() - decoded - spent["features"]
-        for index, request in sounds.items():
+        for index, own in sounds.items():
             try:
-                several = len(request) > 1 or "instances" in json_body(data[index])
-                answers[index] = self._answer(index, context, request, several)
+                answers[index] = self._answer(index, context, data[index], own)
             except Exception as error:
                 answers[index] = refused(index, context, error)
         spent["decode"], spent["handler"] = decoded - started, time.perf_counter() - started
@@ -863,17 +865,17 @@ class ModelHandler:
 
     def _sounds(self, request: dict, headers: dict) -> list[dict]:
         """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
-        response_format = format_of(request, headers, has_times=self.has_times)
-        sounds, used, track = [], time.thread_time(), track_of(request, headers)
-        expected = self._expected(request, headers)
+        used, response_format = time.thread_time(), format_of(request, headers, has_times=self.has_times)
+        track, expected = track_of(request, headers), self._expected(request, headers)
+        asked_for = {"format": response_format, "expected": expected}
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
+        sounds = []
         for audio in audio_files(request, headers):
             notes: list[str] = []
             waveform = decode_audio(audio, notes, longest, left, used, track)
             duration = len(waveform) / SAMPLE_RATE
             left -= duration
-            sound = {"format": response_format, "waveform": waveform, "duration": duration, "notes": notes}
-            sounds.append(sound | {"expected": expected})
+            sounds.append(asked_for | {"waveform": waveform, "duration": duration, "notes": notes})
         return sounds
 
     def _transcribe(self, sounds: list[dict], spent: Counter[str]) -> None:
@@ -907,8 +909,7 @@ class ModelHandler:
         with torch.inference_mode():
             if not self.has_times:
                 features = [self._features(waveform).to(self.device) for waveform in waveforms]
-                lengths = [torch.tensor([len(utterance)], device=self.device) for utterance in features]
-                beams = [self.model(*one, beam_width) for one in zip(features, lengths, strict=True)]
+                beams = [self.model(one, torch.tensor([len(one)], device=self.device), beam_width) for one in features]
                 return [[(h[0], h[3], None, None) for h in beam] for beam in beams]
             streams = dict(enumerate(self.model.begin() for _ in waveforms))
             windows = [self._windows(waveform) for waveform in waveforms]
@@ -917,10 +918,8 @@ class ModelHandler:
                 started = time.perf_counter()
                 features, ended = zip(*(next(windows[i]) for i in streams), strict=True)
                 spent["features"] += time.perf_counter() - started
-                work = [list(streams.values()), list(features), list(ended), beam_width]
-                if any(contexts):
-                    work.append([contexts[i] for i in streams])
-                advanced = self.model.advance(*work)
+                more = [[contexts[i] for i in streams]] if any(contexts) else []  # which older model files do not take
+                advanced = self.model.advance(list(streams.values()), list(features), list(ended), beam_width, *more)
                 for i, stream, end in zip(list(streams), advanced, ended, strict=True):
                     streams[i] = stream
                     for known, new in zip(settled[i], stream[4], strict=True):
@@ -961,10 +960,11 @@ class ModelHandler:
         part = waveform[first * HOP_SAMPLES : None if end is None else (end + MARGIN) * HOP_SAMPLES]
         return self.extract_features(part)[0][begin - first : None if end is None else end - first]
 
-    def _answer(self, index: int, context, sounds: list[dict], several: bool) -> str | dict:
+    def _answer(self, index: int, context, request: dict, sounds: list[dict]) -> str | dict:
         """One request's answer, in the format that it asked for; sets its content type."""
-        answers = [self._formatted(sound) for sound in sounds]
-        content_type = "application/json" if several else FORMATS[sounds[0]["format"]][0]
+        answers = [formatted(sound, self.model_name, self.tokens_to_text, self.word_delays) for sound in sounds]
+        several = len(sounds) > 1 or "instances" in json_body(request)
+        content_type = "application/json" if several else ANSWER_FORMATS[sounds[0]["format"]][0]
         context.set_response_content_type(index, content_type)
         if mended := [" ".join(sound["notes"]) for sound in sounds if sound["notes"]]:
             note = f"{len(mended)} of the files had to be mended: ask for verbose_json." if several else mended[0]
@@ -972,30 +972,31 @@ class ModelHandler:
         measure(context, "asr_requests", 1, MetricTypes.COUNTER, Outcome="ok")
         return {"predictions": answers} if several else answers[0]
 
-    def _formatted(self, sound: dict) -> str | dict:
-        """The answer for one file, in the format that was asked for."""
-        if isinstance(sound["heard"], Exception):
-            raise sound["heard"]
-        best, *_ = hypotheses = sound["heard"]
-        text = self.tokens_to_text(best[0])
-        if sound["format"] in ("text", "json", "events"):
-            return {"text": text, "json": {"text": text}, "events": events(text)}[sound["format"]]
-        words = words_of(best, sound["duration"], self.tokens_to_text, self.word_delays)
-        segments = segments_of(words)
-        if sound["format"] != "verbose_json":
-            return subtitles(segments, sound["format"])
-        answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
-        words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
-        answer |= {"model": self.model_name, "segments": segments, "words": words}
-        if self.settings["beam_width"] > 1:
-            scores: dict[str, float] = {}
-            for tokens, score, *_ in hypotheses:
-                scores.setdefault(self.tokens_to_text(tokens), round(score, 4))
-            answer["alternatives"] = [{"text": text, "score": score} for text, score in scores.items()]
-        return answer | ({"notes": sound["notes"]} if sound["notes"] else {})
-
 
 # From tokens to the answer
+
+
+def formatted(sound: dict, model_name: str, processor: Callable, word_delays: dict[str, float]) -> str | dict:
+    """The answer for one file, in the format that was asked for; raises what made it fail."""
+    if isinstance(sound["heard"], Exception):
+        raise sound["heard"]
+    best, *_ = hypotheses = sound["heard"]
+    text = processor(best[0])
+    if sound["format"] in WITHOUT_TIMES:
+        return {"text": text, "json": {"text": text}, "events": events(text)}[sound["format"]]
+    words = words_of(best, sound["duration"], processor, word_delays)
+    segments = segments_of(words)
+    if sound["format"] != "verbose_json":
+        return subtitles(segments, sound["format"])
+    answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
+    words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
+    answer |= {"model": model_name, "segments": segments, "words": words}
+    if len(hypotheses) > 1:
+        scores: dict[str, float] = {}
+        for tokens, score, *_ in hypotheses:
+            scores.setdefault(processor(tokens), round(score, 4))
+        answer["alternatives"] = [{"text": text, "score": score} for text, score in scores.items()]
+    return answer | ({"notes": sound["notes"]} if sound["notes"] else {})
 
 
 def words_of(hypothesis: tuple, duration: float, processor: Callable, word_delays: dict[str, float]) -> list[dict]:
@@ -1028,11 +1029,7 @@ def words_of(hypothesis: tuple, duration: float, processor: Callable, word_delay
 
 
 def segments_of(words: list[dict]) -> list[dict]:
-    """Words joined to what a subtitle holds: up to a pause, seven seconds and two lines.
-
-    With the names and types of OpenAI's: of what a transducer has not, ``no_speech_prob`` and ``temperature`` are 0, as
-    is ``seek``, because all the audio is decoded at once.
-    """
+    """Words joined to what a subtitle holds, under OpenAI's names; docs/requests.md says why some of them are 0."""
     groups: list[list[dict]] = []
     for word in words:
         group = groups[-1] if groups else [word]

@@ -1,23 +1,13 @@
 """Live transcription for TorchServe: the text appears while the person speaks.
 
 The handler of an archive of its own, which handler.py goes into as an extra file. It has one worker, so that all
-requests of a sequence come to the one that keeps the sequence's state between them. TorchServe's ``sequenceBatching``
-would allow several, but never replaces one that dies. A sequence is sent in pieces, each a POST of raw 16-bit
-little-endian mono PCM, or of what ``x-encoding`` names, with these request headers, the last five with the first piece:
+requests of a sequence come to the one that keeps the sequence's state between them: TorchServe's ``sequenceBatching``
+would allow several, but never replaces one that dies. docs/live.md has the protocol: headers, answers, errors. Every
+piece of a sequence takes the same way, from top to bottom of this file:
 
-    ts_request_sequence_id   the client's name for the sequence, the same for all its pieces
-    x-piece                  the piece's number, from 0
-    x-last-piece             true with the last piece
-    x-encoding               of all pieces: ``pcm`` if it is not there, or another of ``ENCODINGS``
-    x-sample-rate            likewise, in Hz; 16000 if it is not there, of ``mulaw`` and ``alaw`` 8000
-    x-endpoints              true, or the three ``RULES``: the sequence is divided into utterances where somebody pauses
-    x-words                  true: every answer has the words, not the last alone
-    x-hotwords               phrases that are expected, see ``handler.hotwords_of``
+    request -> samples (16 kHz) -> features (T, 80) -> the engine's stream -> text and words -> utterances -> answer
 
-The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
-characters will not change any more), ``final`` and, with the last piece, ``words`` and ``speech``. The final text is
-that of the whole sound in one request, token for token (at fp32), whatever the sizes of the pieces. With endpoints
-``text`` is that of the utterance that goes on, and ``utterances`` are those that have ended since the answer before.
+The final text is that of the whole sound in one request, token for token (at fp32), whatever the sizes of the pieces.
 """
 
 import contextlib
@@ -35,7 +25,6 @@ import types
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 
 import av
 import numpy as np
@@ -44,31 +33,8 @@ from ts.context import Context, RequestProcessor
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.utils.util import PredictionException
 
-from handler import (
-    BEGINNINGS,
-    BINARY,
-    DECODING_RATE,
-    DECODING_SECONDS,
-    DEFAULTS,
-    FFMPEG_OPTIONS,
-    FRAME_SECONDS,
-    GAP,
-    HOP_SAMPLES,
-    ID3,
-    RIGHT_CONTEXT,
-    SAMPLE_RATE,
-    SEGMENT_SAMPLES,
-    WINDOW_SAMPLES,
-    ModelHandler,
-    limited_memory,
-    measure,
-    mono,
-    refusal,
-    refused,
-    resampled,
-    settings_of,
-    words_of,
-)
+import handler
+from handler import HOP_SAMPLES, RIGHT_CONTEXT, SAMPLE_RATE, SEGMENT_SAMPLES, ModelHandler, joined, measure, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +46,18 @@ RATES = (8_000, 192_000)  # Hz
 ENCODINGS = {"pcm": SAMPLE_RATE, "mulaw": 8_000, "alaw": 8_000, "opus": 48_000}
 G711 = {"mulaw": "pcm_mulaw", "alaw": "pcm_alaw"}  # FFmpeg's names
 CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"OggS": "ogg"}  # how a stream of Opus begins, FFmpeg's demuxer
-OPUS_OPTIONS = FFMPEG_OPTIONS | {"format_whitelist": ",".join(CONTAINERS.values()), "codec_whitelist": "opus,libopus"}
-# Its headers say everything, so that FFmpeg need not look into the sound before the first of it comes out.
-OPUS_OPTIONS |= {"probesize": "32", "analyzeduration": "0"}
+OPUS_OPTIONS = handler.FFMPEG_OPTIONS | {
+    "format_whitelist": ",".join(CONTAINERS.values()),
+    "codec_whitelist": "opus,libopus",
+    # Its headers say everything, so that FFmpeg need not look into the sound before the first of it comes out.
+    "probesize": "32",
+    "analyzeduration": "0",
+}
 MAX_OPUS_BYTES = 2**21  # in a piece: more than 30 s at the highest rate
 MAX_UNDECODED = 2**17  # bytes without any sound, twice as many as a page of Ogg: the stream is broken
 # What raw samples are not: the beginning of a file; float32, of which 99% lie in ``FLOATS`` or are zero. As 16-bit
 # samples these would have every second one in two narrow bands, on both sides of zero.
-FILE = re.compile(b"|".join([*BEGINNINGS, rb"fLaC[\x00\x80]\x00\x00\x22", ID3.pattern]), re.DOTALL)
+FILE = re.compile(b"|".join([*handler.BEGINNINGS, rb"fLaC[\x00\x80]\x00\x00\x22", handler.ID3.pattern]), re.DOTALL)
 FLOATS, SURE, LEAST_FLOATS = (2.0**-24, 2.0), 0.99, 500
 LEAST_TEXT, FOREIGN = 256, 0.1  # bytes; the most of them that may not be ASCII
 MAX_PIECE_SECONDS = 30  # in one request, so that nobody makes the others of a batch wait for long
@@ -97,7 +67,7 @@ SEQUENCE_ID = "ts_request_sequence_id"  # the request header with a sequence's n
 REMEMBERED = 10_000
 # Before the first request: batches of these many streams, some segments each, for TorchScript's optimisation.
 WARM_UP_STREAMS, WARM_UP_SEGMENTS = (1, 2, 4, 1), 4
-SETTINGS = DEFAULTS | {
+SETTINGS = handler.DEFAULTS | {
     "max_sequences": 50,  # of a process, open at a time: the next is refused
     "max_idle_seconds": 10,  # a client that is silent for longer is forgotten
     "processes": 1,  # with a model and sequences of its own each, all of this worker's
@@ -114,7 +84,7 @@ LEAD = 2 * SEGMENT_SAMPLES
 # between these levels at which one is told from the other.
 LOUD_SEGMENTS, FOLLOWING, APART = 2, 0.25, 10.0
 # A frame is made of the samples around its hop, as far as ``REACH`` to both sides, which ``MARGIN``, whole hops, holds.
-REACH = WINDOW_SAMPLES // 2
+REACH = handler.WINDOW_SAMPLES // 2
 MARGIN = -(-REACH // HOP_SAMPLES) * HOP_SAMPLES
 
 # Of a hypothesis: tokens without the leading blank, and of each its encoder frame and its log-probability.
@@ -138,15 +108,13 @@ def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
     """
     if not NAME.fullmatch(name):
         message = "The header ts_request_sequence_id must name the utterance: 1 to 64 letters, digits, _ or -."
-        raise refusal(HTTPStatus.BAD_REQUEST, "NoSequence", message)
+        raise refusal(400, "NoSequence", message)
     number = headers.get("x-piece", "")
     if not NUMBER.fullmatch(number):
-        message = "The header x-piece must be the piece's number, counted from 0."
-        raise refusal(HTTPStatus.BAD_REQUEST, "BadPiece", message)
+        raise refusal(400, "BadPiece", "The header x-piece must be the piece's number, counted from 0.")
     last = headers.get("x-last-piece", "false").lower()
     if last not in ("true", "false"):
-        message = "The header x-last-piece must be true or false."
-        raise refusal(HTTPStatus.BAD_REQUEST, "BadPiece", message)
+        raise refusal(400, "BadPiece", "The header x-last-piece must be true or false.")
     return int(number), last == "true"
 
 
@@ -159,7 +127,7 @@ def body_of(request: dict) -> bytes | bytearray:
 
 
 def not_pcm(message: str) -> PredictionException:
-    return refusal(HTTPStatus.BAD_REQUEST, "NotPCM", message)
+    return refusal(400, "NotPCM", message)
 
 
 def pcm_of(body: bytes | bytearray, encoding: str) -> np.ndarray:
@@ -174,9 +142,8 @@ def pcm_of(body: bytes | bytearray, encoding: str) -> np.ndarray:
     if encoding in G711:
         return G711_TABLES[encoding][np.frombuffer(body, dtype=np.uint8)]
     if len(body) % 2:
-        raise not_pcm(
-            f"These {len(body)} bytes are no whole number of 16-bit samples: a piece must not cut one in two."
-        )
+        message = f"These {len(body)} bytes are no whole number of 16-bit samples: a piece must not cut one in two."
+        raise not_pcm(message)
     if is_text(body):
         raise not_pcm("This is text: send the samples as raw 16-bit PCM, neither in JSON nor in base64.")
     if is_float(body):
@@ -186,10 +153,11 @@ def pcm_of(body: bytes | bytearray, encoding: str) -> np.ndarray:
 
 def is_text(body: bytes | bytearray) -> bool:
     """Whether bytes are text: sound has samples near zero, of which one byte is no text's, and negative ones."""
-    if len(body) < LEAST_TEXT or BINARY.search(body) or np.mean(np.frombuffer(body, dtype=np.uint8) > 127) > FOREIGN:
+    if len(body) < LEAST_TEXT or handler.BINARY.search(body):
         return False
+    foreign = np.mean(np.frombuffer(body, dtype=np.uint8) > 127)
     try:
-        return bool(body.decode())
+        return bool(foreign <= FOREIGN and body.decode())
     except UnicodeDecodeError:
         return False
 
@@ -229,31 +197,30 @@ def waveform_of(sequence: "LiveHandler.Sequence", pcm: np.ndarray, last: bool) -
         frames += sequence.resampler.resample(frame)
     if last:
         frames += sequence.resampler.resample(None)
-    return torch.cat([torch.empty(0), *(mono(frame, []) for frame in frames)])
+    return joined([handler.mono(frame, []) for frame in frames])
 
 
 def rules_of(headers: dict[str, str], settings: dict) -> tuple[float, ...] | None:
     """The seconds of the three ``RULES`` for a sequence; None if it is to be one utterance."""
-    asked = headers.get("x-endpoints", "false").lower()
-    if asked == "false":
+    header = headers.get("x-endpoints", "false").lower()
+    if header == "false":
         return None
-    given = [settings[name] for name in RULES] if asked == "true" else asked.replace(" ", "").split(",")
+    given = [settings[name] for name in RULES] if header == "true" else header.replace(" ", "").split(",")
     if len(given) != len(RULES) or not all(NUMBER.fullmatch(str(each)) for each in given):
         message = "The header x-endpoints must be true, false, or the three rules' milliseconds, like 2400,800,20000."
-        raise refusal(HTTPStatus.BAD_REQUEST, "BadEndpoints", message)
+        raise refusal(400, "BadEndpoints", message)
     least, most = RULE_LIMITS
-    if asked != "true" and not all(least <= int(each) <= most for each in given):
-        message = f"In the header x-endpoints each time must be from {least} to {most} ms."
-        raise refusal(HTTPStatus.BAD_REQUEST, "BadEndpoints", message)
+    if header != "true" and not all(least <= int(each) <= most for each in given):
+        raise refusal(400, "BadEndpoints", f"In the header x-endpoints each time must be from {least} to {most} ms.")
     return tuple(int(each) / 1000 for each in given)
 
 
 def wants_words(headers: dict[str, str]) -> bool:
     """Whether every answer of a sequence shall have the words, not the last alone."""
-    asked = headers.get("x-words", "false").lower()
-    if asked not in ("true", "false"):
-        raise refusal(HTTPStatus.BAD_REQUEST, "BadWords", "The header x-words must be true or false.")
-    return asked == "true"
+    header = headers.get("x-words", "false").lower()
+    if header not in ("true", "false"):
+        raise refusal(400, "BadWords", "The header x-words must be true or false.")
+    return header == "true"
 
 
 # From a stream of Opus to samples
@@ -261,7 +228,7 @@ def wants_words(headers: dict[str, str]) -> bool:
 
 def broken(what: str) -> PredictionException:
     message = f"The stream of Opus {what}: begin another sequence with a stream's first bytes, in WebM or Ogg."
-    return refusal(HTTPStatus.BAD_REQUEST, "BrokenStream", message)
+    return refusal(400, "BrokenStream", message)
 
 
 def opus_decoder(longest: int) -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
@@ -284,7 +251,7 @@ def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) 
     def read(size: int) -> bytes:
         nonlocal left, samples, count, undecoded, ended
         if not left and not ended and undecoded <= MAX_UNDECODED:
-            heard.put(torch.cat([torch.empty(0), *samples]))
+            heard.put(joined(samples))
             samples, count, left = [], 0, fed.get()
             ended, left = left is None, left or b""
         taken, left = left[:size], left[size:]
@@ -299,14 +266,14 @@ def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) 
             tracks = [track for track in container.streams.audio if track.codec_context]
             if not tracks or tracks[0].codec_context.codec.canonical_name != "opus":
                 raise broken("has none in it")
-            for new in resampled(opus_frames(container, tracks[0], longest), [], size=None):
+            for new in handler.resampled(opus_frames(container, tracks[0], longest), [], size=None):
                 undecoded, count = 0, count + len(new)
                 samples.append(new)
                 if count > MAX_PIECE_SECONDS * SAMPLE_RATE:
                     raise too_long(longest)
         if not ended:
             raise broken("is broken")
-        heard.put(torch.cat([torch.empty(0), *samples]))
+        heard.put(joined(samples))
     except MemoryError:
         heard.put(broken("asks for too much memory"))
     except (av.FFmpegError, ValueError, IndexError):
@@ -321,13 +288,13 @@ def opus_frames(
     """The stream's frames, each with the seconds in which there is no sound before it, as ``handler.sound_frames``."""
     seconds, least, origin = 0.0, 0.0, (container.start_time or 0) / av.time_base
     for packet in container.demux(track):
-        if time.thread_time() > DECODING_SECONDS + DECODING_RATE * seconds:  # as ``handler.check_time``
+        if time.thread_time() > handler.DECODING_SECONDS + handler.DECODING_RATE * seconds:  # as ``handler.check_time``
             raise broken("takes too much time")
         frames = packet.decode()
         least = least if frames else 0.0
         for frame in frames:
             gap = 0.0 if frame.time is None else frame.time - origin - seconds
-            gap, least = gap if gap > least else 0.0, GAP
+            gap, least = gap if gap > least else 0.0, handler.GAP
             if gap > MAX_PIECE_SECONDS:
                 raise too_long(longest)
             seconds += gap + frame.samples / frame.sample_rate
@@ -336,7 +303,7 @@ def opus_frames(
 
 def too_long(longest: int) -> PredictionException:
     message = f"Too much sound: a piece may have {MAX_PIECE_SECONDS} s, a sequence {longest} s."
-    return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "AudioTooLong", message)
+    return refusal(413, "AudioTooLong", message)
 
 
 # From samples to text
@@ -382,39 +349,30 @@ def features_of(work: list[tuple], extractor: torch.nn.Module, nothing: torch.Te
     return features
 
 
+def written(tokens: list[int], processor: Callable) -> str:
+    """The text of tokens, words with a space before them; the processor drops the first, in a hypothesis blank."""
+    return processor([0, *tokens], lstrip=False)
+
+
 def settle(sequence: "LiveHandler.Sequence", processor: Callable) -> None:
     """Take over what the stream has settled."""
-    blank = sequence.stream[3][0][0][0][:1]
     settled, frames, log_probs = sequence.stream[4]
     sequence.tokens += settled
     sequence.frames += frames
     sequence.log_probs += log_probs
-    sequence.text += processor(blank + settled, lstrip=False)
+    sequence.text += written(settled, processor)
 
 
-def transcript(
-    name: str,
-    sequence: "LiveHandler.Sequence",
-    number: int,
-    last: bool,
-    naming: tuple,
-) -> dict:
-    """The answer to a piece; ``naming`` are the token processor and the delays that ``words_of`` takes."""
+def transcript(name: str, sequence: "LiveHandler.Sequence", number: int, last: bool, naming: tuple) -> dict:
+    """The answer to a piece; ``naming`` are the token processor and the delays that ``handler.words_of`` takes."""
     processor, _ = naming
-    _, _, _, (hypotheses, *_), _ = sequence.stream
-    blank, best = hypotheses[0][0][:1], hypotheses[0][0][1:]
-
-    def text(tokens: list[int]) -> str:
-        return processor(blank + tokens, lstrip=False)
-
-    agreed = 0  # more tokens that all hypotheses share: every later one begins with them, too
-    for ranked in zip(*(hypothesis[0][1:] for hypothesis in hypotheses), strict=False):
-        if len(set(ranked)) > 1:
-            break
-        agreed += 1
-    transcript = (sequence.text + text(best)).lstrip()
-    stable = len(transcript) if last else len((sequence.text + text(best[:agreed])).lstrip())
-    answer = {"sequence": name, "piece": number, "text": transcript, "stable": stable, "final": last, "words": []}
+    hypotheses = [tokens[1:] for tokens, *_ in sequence.stream[3][0]]
+    # What they all begin with stays: so do all later ones.
+    shared = itertools.takewhile(lambda ranked: len(set(ranked)) == 1, zip(*hypotheses, strict=False))
+    agreed = [token for token, *_ in shared]
+    text = (sequence.text + written(hypotheses[0], processor)).lstrip()
+    stable = len(text) if last else len((sequence.text + written(agreed, processor)).lstrip())
+    answer = {"sequence": name, "piece": number, "text": text, "stable": stable, "final": last, "words": []}
     if last or sequence.with_words:
         answer["words"] = words = heard_words(sequence, heard_tokens(sequence), naming)
         answer["speech"] = surest(words)
@@ -424,17 +382,13 @@ def transcript(
             answer |= {"text": "", "stable": 0, "words": [], "speech": 0.0}
     if sequence.rules:
         answer["utterances"], sequence.utterances = sequence.utterances, []
-    if last:  # nothing but the answer is kept
-        sequence.stream = sequence.resampler = sequence.expected = None
-        sequence.samples = sequence.recent = torch.empty(0)
-        sequence.tokens, sequence.frames, sequence.log_probs = [], [], []
     return answer
 
 
 def heard_tokens(sequence: "LiveHandler.Sequence", over: bool = False) -> Heard:
     """The best hypothesis of the utterance so far: tokens, their frames and log-probabilities.
 
-    If it is ``over``, without the bonus of a phrase that has only begun, as ``BeamSearch.without_pending`` ranks them.
+    If it is ``over``, without the bonus of a phrase that has only begun, as engine/search.py's ``without_pending``.
     """
     _, _, _, (hypotheses, frames, log_probs, _, settled, matched), _ = sequence.stream
     best = 0
@@ -451,10 +405,9 @@ def heard_tokens(sequence: "LiveHandler.Sequence", over: bool = False) -> Heard:
 
 def heard_words(sequence: "LiveHandler.Sequence", heard: Heard, naming: tuple) -> list[dict]:
     """The words of tokens, their times counted from the beginning of the sequence."""
-    hypotheses, (tokens, *emitted) = sequence.stream[3][0], heard
-    hypothesis = (hypotheses[0][0][:1] + tokens, hypotheses[0][3], *emitted)
+    tokens, frames, log_probs = heard
     begun, words = sequence.begun / SAMPLE_RATE, []
-    for word in words_of(hypothesis, sequence.heard / SAMPLE_RATE, *naming):
+    for word in handler.words_of(([0, *tokens], 0.0, frames, log_probs), sequence.heard / SAMPLE_RATE, *naming):
         times = {name: round(begun + word[name], 3) for name in ("start", "end")}
         words.append({"word": word["word"], **times, "probability": word["probability"]})
     return words
@@ -471,12 +424,11 @@ def surest(words: list[dict]) -> float:
 def end_utterance(sequence: "LiveHandler.Sequence", heard: Heard, reason: str, naming: tuple) -> None:
     """Put what was heard into the answer as an utterance that will not change any more."""
     words, (processor, _) = heard_words(sequence, heard, naming), naming
-    blank = sequence.stream[3][0][0][0][:1]
     start = (sequence.begun + sequence.cut) / SAMPLE_RATE
     end = (sequence.begun + sequence.stream[1] * SEGMENT_SAMPLES) / SAMPLE_RATE
     if words:
         start, end = words[0]["start"], words[-1]["end"]
-    utterance = {"text": processor(blank + heard[0]), "start": round(start, 3), "end": round(end, 3)}
+    utterance = {"text": written(heard[0], processor).lstrip(), "start": round(start, 3), "end": round(end, 3)}
     utterance |= {"words": words, "speech": surest(words), "reason": reason}
     sequence.utterances.append(utterance)
 
@@ -531,7 +483,7 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
     loud = still_loud(sequence, sequence.recent[after - SEGMENT_SAMPLES : after])
     sequence.recent = sequence.recent[max(after - LEAD, 0) :].clone()
     heard = heard_tokens(sequence)
-    spoken = (heard[1][-1] + 1) * FRAME_SECONDS - word_delays["end"] if heard[1] else sequence.cut / SAMPLE_RATE
+    spoken = (heard[1][-1] + 1) * handler.FRAME_SECONDS - word_delays["end"] if heard[1] else sequence.cut / SAMPLE_RATE
     no_word, pause, longest = sequence.rules
     silence = decoded / SAMPLE_RATE - spoken
     if silence >= (pause if heard[0] else no_word) * (2 if loud else 1):
@@ -545,8 +497,7 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
             end_utterance(sequence, tuple(each[:place] for each in settled), "length", naming)
             for each in settled:
                 del each[:place]
-            blank = sequence.stream[3][0][0][0][:1]
-            sequence.text, sequence.cut = processor(blank + sequence.tokens, lstrip=False), decoded
+            sequence.text, sequence.cut = written(sequence.tokens, processor), decoded
     return None
 
 
@@ -560,21 +511,21 @@ def work(connection: multiprocessing.connection.Connection, arguments: tuple) ->
     batches, which come with the seconds that the one before has lasted, with what ``handle`` returns, each request's
     response, and the metrics.
     """
-    context, handler = Context(*arguments), LiveHandler()
+    context, live = Context(*arguments), LiveHandler()
     with contextlib.suppress(EOFError, ConnectionError):  # the worker has ended
         try:
-            handler.initialize(context)
+            live.initialize(context)
         except Exception as error:
             connection.send(str(error))
             return
         connection.send(None)
         while True:
             data, headers, lasted = connection.recv()
-            handler.lasted = max(handler.lasted, lasted)  # the batch before may have lasted longer for others
+            live.lasted = max(live.lasted, lasted)  # the batch before may have lasted longer for others
             metrics: list[tuple] = []
             context.metrics = types.SimpleNamespace(add_metric=lambda *a, to=metrics, **k: to.append((a, k)))
             context.request_processor = [RequestProcessor(each) for each in headers]
-            connection.send((handler.handle(data, context), context.request_processor, metrics))
+            connection.send((live.handle(data, context), context.request_processor, metrics))
 
 
 class LiveHandler(ModelHandler):
@@ -592,55 +543,34 @@ class LiveHandler(ModelHandler):
     # Inside, because TorchServe takes a handler's module for broken if it defines a second class.
     @dataclasses.dataclass
     class Sequence:
-        """An utterance that is being spoken.
+        """What is kept between the pieces of sound that somebody sends."""
 
-        Attributes:
-            stream (Stream or None): the engine's state, see engine/decoder.py; None when the sequence is over.
-            rate (int): Hz, of its pieces.
-            resampler (av.AudioResampler or None): to the model's rate, where that is another one.
-            encoding (str): one of ``ENCODINGS``.
-            decoder (tuple or None): of Opus, see ``opus_decoder``.
-            samples (Tensor): (samples,), those that frames to come are made of, at the model's rate.
-            heard (int): samples so far, at the model's rate.
-            tokens, frames, log_probs (list): what has settled, see ``Decoder.advance``.
-            text (str): of these tokens, with a leading space.
-            rules (tuple or None): seconds of ``RULES``, where it is told apart into utterances.
-            with_words (bool): whether every answer has the words.
-            begun (int): the sample of the sequence from which ``heard`` and ``frames`` count: where the stream began.
-            cut (int): the sample of the stream at which an utterance was too long and the next has begun.
-            recent (Tensor): (samples,), the latest ones, where the next utterance may begin.
-            utterances (list): that have ended since the last answer.
-            levels, speech_level, noise_level: dB, see ``still_loud``.
-            piece (int): the last piece's number.
-            answer (dict): to that piece.
-            used (float): time of the last request, in seconds.
-            expected (tuple or None): what the engine takes for the phrases that are expected.
-        """
-
-        stream: tuple | None
-        rate: int
-        resampler: av.AudioResampler | None
-        samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-        heard: int = 0
+        stream: tuple | None = None  # the engine's state, see engine/decoder.py; None when the sequence is over
+        rate: int = SAMPLE_RATE  # Hz, of its pieces
+        resampler: av.AudioResampler | None = None  # to the model's rate, where that is another one
+        encoding: str = "pcm"  # one of ``ENCODINGS``
+        decoder: tuple | None = None  # of Opus, see ``opus_decoder``
+        expected: tuple | None = None  # what the engine takes for the phrases that are expected
+        rules: tuple[float, ...] | None = None  # seconds of ``RULES``, where it is told apart into utterances
+        with_words: bool = False  # whether every answer has the words
+        heard: int = 0  # samples so far, at the model's rate, as all below
+        samples: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (n,), of frames to come
+        # What has settled, see ``Decoder.advance``, and its text, with a leading space.
         tokens: list[int] = dataclasses.field(default_factory=list)
         frames: list[int] = dataclasses.field(default_factory=list)
         log_probs: list[float] = dataclasses.field(default_factory=list)
         text: str = ""
-        encoding: str = "pcm"
-        decoder: tuple | None = None
-        rules: tuple[float, ...] | None = None
-        with_words: bool = False
-        begun: int = 0
-        cut: int = 0
-        recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-        utterances: list[dict] = dataclasses.field(default_factory=list)
+        begun: int = 0  # the sample of the sequence where the stream began: ``heard`` and ``frames`` count from there
+        cut: int = 0  # the sample of the stream at which an utterance was too long and the next has begun
+        recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (n,), see ``seam``
+        utterances: list[dict] = dataclasses.field(default_factory=list)  # that have ended since the last answer
+        # dB, see ``still_loud``.
         levels: list[float] = dataclasses.field(default_factory=list)
         speech_level: float = -math.inf
         noise_level: float = math.inf
-        piece: int = -1
-        answer: dict = dataclasses.field(default_factory=dict)
-        used: float = 0.0
-        expected: tuple | None = None
+        piece: int = -1  # the last one's number
+        answer: dict = dataclasses.field(default_factory=dict)  # to that piece
+        used: float = 0.0  # time of the last request, in seconds
 
     def initialize(self, context) -> None:
         """As ``ModelHandler``'s.
@@ -652,12 +582,12 @@ class LiveHandler(ModelHandler):
         self.over: dict[str, str] = {}
         self.lasted = 0.0  # seconds, the batch before
         self.processes: list[types.SimpleNamespace] = []
-        self.settings = settings = settings_of(context, self.known_settings)
+        self.settings = settings = handler.settings_of(context, self.known_settings)
         if settings["processes"] == 1:
             super().initialize(context)
             return
-        handler = (context.model_yaml_config.get("handler") or {}) | {"processes": 1}
-        fixed, config = context.system_properties, context.model_yaml_config | {"handler": handler}
+        own = (context.model_yaml_config.get("handler") or {}) | {"processes": 1}
+        fixed, config = context.system_properties, context.model_yaml_config | {"handler": own}
         arguments = (context.model_name, fixed["model_dir"], context.manifest, fixed["batch_size"], fixed["gpu_id"])
         self.arguments = (*arguments, fixed["server_version"], True, None, config)
         self.where: dict[str, types.SimpleNamespace] = {}  # by a sequence's name, the latest last
@@ -674,7 +604,7 @@ class LiveHandler(ModelHandler):
         self.naming = (self.tokens_to_text, self.word_delays)
         generator = torch.Generator().manual_seed(0)
         for count in WARM_UP_STREAMS:
-            sequences = [self.Sequence(self.model.begin(), SAMPLE_RATE, None) for _ in range(count)]
+            sequences = [self.Sequence(self.model.begin()) for _ in range(count)]
             for _ in range(WARM_UP_SEGMENTS):
                 new = [torch.randn(SEGMENT_SAMPLES, generator=generator) * 0.1 for _ in sequences]
                 self._advance(list(zip(sequences, new, [False] * count, strict=True)), Counter())
@@ -700,15 +630,12 @@ class LiveHandler(ModelHandler):
             # Of a sequence's pieces in one batch, sent again after a broken connection, one is taken after the other.
             later, named, pieces = [], set(), {}
             for index in todo:
-                given = context.get_all_request_header(index)
-                headers = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
+                headers = handler.headers_of(index, context)
                 name = name_of(headers)
                 if name in named:
                     later.append(index)
                     continue
                 named.add(name)
-                if not headers:  # it came over gRPC: as in ``ModelHandler.handle``
-                    context.set_response_header(index, "ts_stream_next", "false")
                 try:
                     piece = self._piece(name, headers, data[index])
                 except Exception as error:
@@ -726,8 +653,10 @@ class LiveHandler(ModelHandler):
                     if error:
                         raise error
                     sequence = self.sequences[name]
-                    sequence.answer = transcript(name, sequence, number, last, self.naming)
-                    sequence.piece, sequence.used = number, time.monotonic()
+                    answer = transcript(name, sequence, number, last, self.naming)
+                    if last:  # nothing but the answer is kept
+                        self.sequences[name] = sequence = self.Sequence()
+                    sequence.piece, sequence.answer, sequence.used = number, answer, time.monotonic()
                     answers[index] = self._answer(index, context, name)
                 except Exception as error:
                     answers[index] = self._refused(index, context, name, error)
@@ -777,10 +706,9 @@ class LiveHandler(ModelHandler):
             if begun - self.lasted - process.asked > self.settings["max_idle_seconds"]:
                 process.open = 0  # it forgets all that it has when it is asked again
         shares: dict[int, list[int]] = {}  # by place in ``ready``
-        headers = [dict(context.get_all_request_header(index)) for index in range(len(data))]
+        headers = [handler.headers_of(index, context) for index in range(len(data))]
         for index, given in enumerate(headers):
-            lower = {name.lower(): value for name, value in given.items() if isinstance(value, str)}
-            name = name_of(lower)
+            name = name_of(given)
             if name:  # which may be made up, then here
                 given[SEQUENCE_ID] = name
             process = self.where.pop(name, None)
@@ -788,7 +716,7 @@ class LiveHandler(ModelHandler):
                 process = min(ready, key=lambda each: each.open, default=None)
             if process:
                 process.asked = begun
-                process.open += lower.get("x-piece") == "0"
+                process.open += given.get("x-piece") == "0"
                 self.where[name] = process
                 shares.setdefault(ready.index(process), []).append(index)
         while len(self.where) > REMEMBERED:
@@ -817,8 +745,8 @@ class LiveHandler(ModelHandler):
         for index, answer in enumerate(answers):
             if answer is None:
                 message = "The process that had the sequence has died: begin again, with piece 0 under another name."
-                error = refusal(HTTPStatus.CONFLICT, "UnknownSequence", message)
-                answers[index] = refused(index, context, error)
+                error = refusal(409, "UnknownSequence", message)
+                answers[index] = handler.refused(index, context, error)
         self.lasted = time.monotonic() - begun
         return answers
 
@@ -836,10 +764,10 @@ class LiveHandler(ModelHandler):
         if sequence is None:
             if name in self.over:
                 message = f"The sequence is over, because it {self.over[name]}: begin another one, under another name."
-                raise refusal(HTTPStatus.GONE, "SequenceEnded", message)
+                raise refusal(410, "SequenceEnded", message)
             if number > 0:
                 message = f"No such sequence is open here, and this is piece {number}: begin again, with piece 0."
-                raise refusal(HTTPStatus.CONFLICT, "UnknownSequence", message)
+                raise refusal(409, "UnknownSequence", message)
         else:
             sequence.used = time.monotonic()
             if number <= sequence.piece:
@@ -848,10 +776,10 @@ class LiveHandler(ModelHandler):
                 if number == sequence.piece + 1 and not body_of(request):
                     return None
                 message = f"The sequence ended with piece {sequence.piece}: begin another one, under another name."
-                raise refusal(HTTPStatus.GONE, "SequenceEnded", message)
+                raise refusal(410, "SequenceEnded", message)
             if number > sequence.piece + 1:
                 message = f"Piece {sequence.piece + 1} is missing: send it before piece {number}."
-                raise refusal(HTTPStatus.CONFLICT, "MissingPiece", message)
+                raise refusal(409, "MissingPiece", message)
         body = body_of(request)
         if sequence is None:
             sequence = self._opened(request, headers)
@@ -873,14 +801,14 @@ class LiveHandler(ModelHandler):
             PredictionException: the stream is broken or too long. The sequence is then over, unless it was told so
                 before its decoder has got the piece.
         """
-        longest, samples = self.settings["max_audio_seconds"], [torch.empty(0)]
+        longest, samples = self.settings["max_audio_seconds"], []
         if len(body) > MAX_OPUS_BYTES:
             raise too_long(longest)
         if not body and not sequence.decoder:
-            return samples[0]
+            return joined(samples)
         sequence.decoder = fed, heard = sequence.decoder or opus_decoder(longest)
         try:
-            with limited_memory(longest):
+            with handler.limited_memory(longest):
                 for part in [body] * bool(body) + [None] * last:
                     fed.put(part)
                     samples.append(heard.get())
@@ -893,28 +821,31 @@ class LiveHandler(ModelHandler):
             if name in self.sequences:
                 self._drop(name, "failed")
             raise
-        return torch.cat(samples)
+        return joined(samples)
 
     def _opened(self, request: dict, headers: dict[str, str]) -> Sequence:
         most = self.settings["max_sequences"]
         if self._open() >= most:
             message = f"All {most} places are taken: try again when somebody has finished."
-            raise refusal(HTTPStatus.SERVICE_UNAVAILABLE, "TooManySequences", message)
+            raise refusal(503, "TooManySequences", message)
         encoding = headers.get("x-encoding", "pcm").lower()
         if encoding not in ENCODINGS:
-            message = f"The header x-encoding must be one of {', '.join(ENCODINGS)}."
-            raise refusal(HTTPStatus.BAD_REQUEST, "BadEncoding", message)
+            raise refusal(400, "BadEncoding", f"The header x-encoding must be one of {', '.join(ENCODINGS)}.")
         rate = headers.get("x-sample-rate", str(ENCODINGS[encoding]))
         if not NUMBER.fullmatch(rate) or not RATES[0] <= int(rate) <= RATES[1]:
             message = "The header x-sample-rate must be a number of Hz from {} to {}.".format(*RATES)
-            raise refusal(HTTPStatus.BAD_REQUEST, "BadRate", message)
-        expected = self._expected(request, headers)
+            raise refusal(400, "BadRate", message)
         resampler = None if int(rate) == SAMPLE_RATE else av.AudioResampler("flt", "mono", SAMPLE_RATE)
-        sequence = self.Sequence(self.model.begin(), int(rate), resampler, encoding=encoding, used=time.monotonic())
-        sequence.expected = expected
-        sequence.rules = rules_of(headers, self.settings)
-        sequence.with_words = wants_words(headers)
-        return sequence
+        return self.Sequence(
+            self.model.begin(),
+            int(rate),
+            resampler,
+            encoding,
+            expected=self._expected(request, headers),
+            rules=rules_of(headers, self.settings),
+            with_words=wants_words(headers),
+            used=time.monotonic(),
+        )
 
     def _hear(self, work: list[tuple[Sequence, torch.Tensor, bool]], spent: Counter) -> list[Exception | None]:
         """Let sequences hear their new samples; what went wrong with each.
@@ -924,17 +855,16 @@ class LiveHandler(ModelHandler):
         failures: list[Exception | None] = [None] * len(work)
         left = {place: new for place, (_, new, _) in enumerate(work)}
         while left:
-            steps = []
+            steps = {}
             for place, new in left.items():
                 sequence, _, last = work[place]
                 size = step_of(sequence) if sequence.rules else len(new)
                 left[place] = new[size:]
-                steps.append((place, (sequence, new[:size], last and len(new) <= size)))
-            segments = [sequence.stream[1] for _, (sequence, _, _) in steps]
-            for (place, step), before, error in zip(
-                steps, segments, self._advance([s for _, s in steps], spent), strict=True
-            ):
-                sequence, new, last = step
+                steps[place] = (sequence, new[:size], last and len(new) <= size)
+            segments = [sequence.stream[1] for sequence, _, _ in steps.values()]
+            errors = self._advance(list(steps.values()), spent)
+            for place, before, error in zip(steps, segments, errors, strict=True):
+                sequence, new, last = steps[place]
                 try:
                     if error:
                         raise error
@@ -983,8 +913,6 @@ class LiveHandler(ModelHandler):
         self, streams: list, features: list[torch.Tensor], ended: list[bool], contexts: list[tuple | None]
     ) -> list:
         """The streams after their new features, or what made them fail."""
-        if not streams:
-            return []
         try:
             features = [each.to(self.device) for each in features]
             more = [contexts] if any(contexts) else []
@@ -1004,7 +932,7 @@ class LiveHandler(ModelHandler):
     def _refused(self, index: int, context, name: str, error: Exception) -> dict:
         if name in self.sequences and not isinstance(error, PredictionException):
             self._drop(name, "failed")  # what it has heard is not known any more
-        return refused(index, context, error)
+        return handler.refused(index, context, error)
 
     def _open(self) -> int:
         """Number of sequences that are not over."""

@@ -16,7 +16,7 @@ from torchaudio.models import RNNT, Hypothesis
 
 from engine.context import Context, context_graph
 from engine.encoder import Encoder
-from engine.search import Beam, BeamSearch, beam_of
+from engine.search import Beam, BeamSearch, beam_of, without_pending
 
 # Segments (of 160 ms) that one call of the encoder takes at most. With 5 to 15 s of audio in a call the weights
 # are read seldom enough; more costs memory and gains nothing (benchmarks/engine.py windows).
@@ -117,7 +117,7 @@ class Decoder(torch.nn.Module):
                 beams[utterance] = self.search(encodings[i], beams[utterance], beam_width, contexts[utterance])
         for i, context in enumerate(contexts):
             if context is not None:
-                beams[i] = self.search.without_pending(beams[i], context)
+                beams[i] = without_pending(beams[i], context)
         return beams
 
     @torch.jit.export
@@ -226,7 +226,7 @@ class Decoder(torch.nn.Module):
         advanced: list[Stream] = []
         for i, (beam, context) in enumerate(zip(beams, contexts)):  # noqa: B905 (TorchScript)
             if ended[i] and context is not None:
-                beam = self.search.without_pending(beam, context)
+                beam = without_pending(beam, context)
             rest = waiting[i][done[i] * encoder.segment * encoder.stride :].clone()
             advanced.append(stream_of(rest, numbers[i] + done[i], pasts[i], beam))
         return advanced

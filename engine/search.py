@@ -14,6 +14,7 @@ import torch
 from torchaudio.models import RNNT, Hypothesis
 
 from engine.context import Context, steps
+from engine.predictor import Predictor
 
 # Rows (a hypothesis in a frame each) that one call of the joiner is filled up to, and that XNNPACK's widest kernel
 # computes in the time in which it reads the weights once: at fp32, more are filled up to a multiple of it.
@@ -22,47 +23,6 @@ JOINER_ROWS = 7
 MAX_TOKENS_PER_FRAME = 100
 # The same where phrases are expected: their bonus can make more tokens likelier than fewer, frame after frame.
 MAX_EXPECTED_PER_FRAME = 10
-
-
-class LSTMLayer(torch.nn.Module):
-    """One step of torchaudio's ``_CustomLSTM``, both of its products in one."""
-
-    def __init__(self, lstm: torch.nn.Module) -> None:
-        super().__init__()
-        self.gates = summed([lstm.x2g, lstm.p2g])
-        self.gate_norm = lstm.g_norm
-        self.cell_norm = lstm.c_norm
-
-    def forward(
-        self, input: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From (n, D) and the state, hidden and cell (n, H) each, to the next state."""
-        gates = self.gate_norm(self.gates(torch.cat([input, hidden], dim=1)))
-        input_gate, forget_gate, cell_gate, output_gate = gates.chunk(4, 1)
-        cell = self.cell_norm(forget_gate.sigmoid() * cell + input_gate.sigmoid() * cell_gate.tanh())
-        return output_gate.sigmoid() * cell.tanh(), cell
-
-
-class Predictor(torch.nn.Module):
-    """torchaudio's ``_Predictor``, one token at a time, its state in one tensor."""
-
-    def __init__(self, predictor: torch.nn.Module) -> None:
-        super().__init__()
-        self.embedding = predictor.embedding
-        self.input_layer_norm = predictor.input_layer_norm
-        self.lstm_layers = torch.nn.ModuleList(LSTMLayer(lstm) for lstm in predictor.lstm_layers)
-        self.hidden_dim: int = predictor.lstm_layers[0].hidden_dim
-        self.linear = predictor.linear
-        self.output_layer_norm = predictor.output_layer_norm
-
-    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From tokens (n,) and state (n, layers, 2, H) to outputs (n, D) and the next state."""
-        output = self.input_layer_norm(self.embedding(tokens))
-        before, after = state.flatten(1, 2).unbind(1), torch.jit.annotate(list[torch.Tensor], [])
-        for i, lstm in enumerate(self.lstm_layers):
-            output, cell = lstm(output, before[2 * i], before[2 * i + 1])
-            after += [output, cell]
-        return self.output_layer_norm(self.linear(output)), torch.stack(after, dim=1).reshape(state.shape)
 
 
 class Beam(NamedTuple):
@@ -169,28 +129,7 @@ class BeamSearch(torch.nn.Module):
         device, layers = self.predictor.embedding.weight.device, len(self.predictor.lstm_layers)
         state = torch.zeros(1, layers, 2, self.predictor.hidden_dim, device=device)
         output, state = self.predictor(torch.tensor([self.blank], device=device), state)
-        return beam_of([self._hypothesis([self.blank], output[0], state[0], 0.0)])
-
-    def without_pending(self, beam: Beam, context: Context) -> Beam:
-        """``beam`` at the end of an utterance: no phrase goes on, and the scores are the model's own again."""
-        hypotheses: list[Hypothesis] = []
-        ranks: list[float] = []
-        for (tokens, output, state, score), (place, bonus) in zip(beam.hypotheses, beam.matched):  # noqa: B905
-            ranks.append((score - float(context[5][place] - context[6][place])) / (len(tokens) + beam.settled + 1))
-            hypotheses.append((tokens, output, state, score - bonus))
-        order: list[int] = torch.tensor(ranks).sort(descending=True, stable=True).indices.tolist()
-        return Beam(
-            [hypotheses[i] for i in order],
-            [beam.frames[i] for i in order],
-            [beam.log_probs[i] for i in order],
-            beam.searched,
-            beam.settled,
-            [beam.matched[i] for i in order],
-        )
-
-    def _hypothesis(self, tokens: list[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
-        """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
-        return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
+        return beam_of([hypothesis_of([self.blank], output[0], state[0], 0.0)])
 
     def forward(self, encodings: torch.Tensor, beam: Beam, beam_width: int, context: Context | None = None) -> Beam:
         """Go on from ``beam`` over (T, D) encodings, by ``RNNTBeamSearch``'s rules.
@@ -254,7 +193,7 @@ class BeamSearch(torch.nn.Module):
                 last = emissions[last].before
             own.reverse()
             tokens = beam.hypotheses[last][0] + [emission.token for emission in own]
-            hypotheses.append(self._hypothesis(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
+            hypotheses.append(hypothesis_of(tokens, tree.outputs[path.node], tree.states[path.node], path.score))
             frames.append(beam.frames[last] + [beam.searched + emission.frame for emission in own])
             log_probs.append(beam.log_probs[last] + [emission.log_prob for emission in own])
             matches.append(tree.matched[path.node])
@@ -313,10 +252,10 @@ class BeamSearch(torch.nn.Module):
         They depend on the path's tokens and the frame alone, so a path gets those of the next frames in the
         same product and keeps them for as long as it lives.
         """
-        missing = torch.jit.annotate(list[Path], [])
-        for path in paths:
+        missing: list[int] = []  # places in ``paths``
+        for place, path in enumerate(paths):
             if t >= path.start + len(path.blank):
-                missing.append(path)
+                missing.append(place)
         if len(missing) == 0:
             return paths
         # Calls are filled up to whole tiles; of what is left over the first paths get more.
@@ -325,31 +264,25 @@ class BeamSearch(torch.nn.Module):
         frames: list[int] = []
         targets: list[torch.Tensor] = []
         gains: list[torch.Tensor] = []
-        for i, path in enumerate(missing):
+        for i, place in enumerate(missing):
+            node = paths[place].node
             count = min(room // len(missing) + int(i < room % len(missing)), encodings.size(0) - t)
             counts.append(count)
-            for frame in range(t, t + count):
-                frames.append(frame)
-                targets.append(tree.outputs[path.node])
-                if tree.context is not None:
-                    gains.append(tree.gains(path.node))
+            frames += [t + frame for frame in range(count)]
+            targets += [tree.outputs[node]] * count
+            if tree.context is not None:
+                gains += [tree.gains(node)] * count
         rows = encodings[torch.tensor(frames, device=encodings.device)] + torch.stack(targets)  # (rows, D)
         log_probs = torch.log_softmax(self.joiner(rows), dim=1).cpu()  # (rows, V)
         if len(gains) > 0:
             log_probs[:, : self.blank] += torch.stack(gains)
         blank: list[float] = log_probs[:, self.blank].tolist()
         best: list[float] = log_probs[:, : self.blank].amax(1).tolist()
-        each_log_probs = log_probs.split(counts)
-        joined = torch.jit.annotate(list[Path], [])
-        place = first = 0
-        for path in paths:
-            if t >= path.start + len(path.blank):
-                last = first + counts[place]
-                own = each_log_probs[place]
-                joined.append(Path(path.node, path.last, path.score, t, blank[first:last], best[first:last], own))
-                place, first = place + 1, last
-            else:
-                joined.append(path)
+        joined, first = paths[:], 0
+        for place, own in zip(missing, log_probs.split(counts)):  # noqa: B905 (TorchScript)
+            path, last = paths[place], first + own.size(0)
+            joined[place] = Path(path.node, path.last, path.score, t, blank[first:last], best[first:last], own)
+            first = last
         return joined
 
 
@@ -367,6 +300,29 @@ def common_length(hypotheses: list[Hypothesis]) -> int:
     while any([hypothesis[0][:common] != hypotheses[0][0][:common] for hypothesis in hypotheses]):
         common, back = max(shortest - back, 0), back * 2
     return common
+
+
+def hypothesis_of(tokens: list[int], output: torch.Tensor, state: torch.Tensor, score: float) -> Hypothesis:
+    """As ``RNNTBeamSearch`` gives it, from a predictor output (D,) and state (layers, 2, H)."""
+    return tokens, output.unsqueeze(0), [[part.unsqueeze(0) for part in layer.unbind(0)] for layer in state], score
+
+
+def without_pending(beam: Beam, context: Context) -> Beam:
+    """``beam`` at the end of an utterance: no phrase goes on, and the scores are the model's own again."""
+    hypotheses: list[Hypothesis] = []
+    ranks: list[float] = []
+    for (tokens, output, state, score), (place, bonus) in zip(beam.hypotheses, beam.matched):  # noqa: B905
+        ranks.append((score - float(context[5][place] - context[6][place])) / (len(tokens) + beam.settled + 1))
+        hypotheses.append((tokens, output, state, score - bonus))
+    order: list[int] = torch.tensor(ranks).sort(descending=True, stable=True).indices.tolist()
+    return Beam(
+        [hypotheses[i] for i in order],
+        [beam.frames[i] for i in order],
+        [beam.log_probs[i] for i in order],
+        beam.searched,
+        beam.settled,
+        [beam.matched[i] for i in order],
+    )
 
 
 def beam_of(hypotheses: list[Hypothesis]) -> Beam:
@@ -387,14 +343,3 @@ def float32(number: float) -> float:
         return number
     scaled = 536870913.0 * number  # 2 ** 29 + 1: double has 29 bits more than single
     return scaled - (scaled - number)
-
-
-def summed(linears: list[torch.nn.Linear]) -> torch.nn.Linear:
-    """One linear layer of several inputs behind each other that adds up what each one's layer gives."""
-    weight = torch.cat([linear.weight.detach() for linear in linears], dim=1)
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    one = torch.nn.Linear(weight.size(1), weight.size(0), bias=len(biases) > 0)
-    one.weight.data = weight
-    if biases:
-        one.bias.data = torch.stack(biases).sum(0)
-    return one

@@ -116,7 +116,7 @@ def test_the_form_field_chooses_the_format_before_the_header(worker, name, kind)
     [(status, body)] = worker.answer(request, headers={"Accept": "application/pdf"})
     assert status == 200
     assert isinstance(body, dict) == name.endswith("json")
-    assert worker.context.get_response_content_type(0) == handler.FORMATS[name][0]
+    assert worker.context.get_response_content_type(0) == handler.ANSWER_FORMATS[name][0]
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from conftest import BIN, ROOT, SAMPLES, post, wait_until
 import serve
 
 TIMEOUT = 900
-# In the order in which their commands are run: those of SECURITY.md change the configuration.
+# In the order in which their commands are run: docs/live.md goes on with the server that README.md has started last,
+# the other pages of docs/ share one, and the commands of SECURITY.md change the configuration.
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md"), key=lambda page: (page.name != "live.md", page.name)),
     ROOT / "SECURITY.md",
     ROOT / "deploy" / "README.md",
 ]
@@ -34,14 +35,14 @@ NOT_RUN = [
     "$ make test",
     "$ .venv/bin/pip install -r benchmarks/requirements.txt",
     "$ .venv/bin/python benchmarks/engine.py speed",
+    "$ .venv/bin/python clients/live.py",
+    "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
+    "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ .venv/bin/python training/evaluate.py --data FOLDER...",
     "$ .venv/bin/pip install -r requirements-bulk.txt",
     "$ .venv/bin/python transcribe.py sample_audio --output results",
     "$ make run-proxy",
     "$ export no_proxy=localhost,127.0.0.1,::1",
-    "$ .venv/bin/python clients/live.py",
-    "$ .venv/bin/python -m http.server 8000 --bind 127.0.0.1 --directory clients",
-    "$ xdg-open http://127.0.0.1:8000/live.html",
     "$ make run MODEL=librispeech",
     '$ docker build -t emformer-asr --build-arg INDEX_URL="$PYTORCH_CPU_WHEELS" .',
     "$ docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8080:8080 emformer-asr",
