@@ -17,7 +17,8 @@ little-endian mono PCM, or of what ``x-encoding`` names, with these request head
 The answer is JSON: ``sequence``, ``piece``, ``text`` (the best transcript so far), ``stable`` (how many of its
 characters will not change any more), ``final`` and, with the last piece, ``words`` and ``speech``. The final text is
 that of the whole sound in one request, token for token (at fp32), whatever the sizes of the pieces. With endpoints
-``text`` is that of the utterance that goes on, and ``utterances`` are those that have ended since the answer before.
+``text`` is that of the utterance that goes on, ``utterances`` are those that have ended since the answer before, and
+``unfinished`` is how many seconds, at the end of the sound, belong to none that has ended.
 """
 
 import contextlib
@@ -424,6 +425,7 @@ def transcript(
             answer |= {"text": "", "stable": 0, "words": [], "speech": 0.0}
     if sequence.rules:
         answer["utterances"], sequence.utterances = sequence.utterances, []
+        answer["unfinished"] = 0.0 if last else (sequence.begun + sequence.heard - sequence.since) / SAMPLE_RATE
     if last:  # nothing but the answer is kept
         sequence.stream = sequence.resampler = sequence.expected = None
         sequence.samples = sequence.recent = torch.empty(0)
@@ -543,6 +545,8 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
         if place > 0:
             settled = (sequence.tokens, sequence.frames, sequence.log_probs)
             end_utterance(sequence, tuple(each[:place] for each in settled), "length", naming)
+            if sequence.utterances[-1]["words"]:
+                sequence.since = round(sequence.utterances[-1]["end"] * SAMPLE_RATE)
             for each in settled:
                 del each[:place]
             blank = sequence.stream[3][0][0][0][:1]
@@ -608,6 +612,7 @@ class LiveHandler(ModelHandler):
             with_words (bool): whether every answer has the words.
             begun (int): the sample of the sequence from which ``heard`` and ``frames`` count: where the stream began.
             cut (int): the sample of the stream at which an utterance was too long and the next has begun.
+            since (int): the sample of the sequence from which the utterance that goes on has to be heard.
             recent (Tensor): (samples,), the latest ones, where the next utterance may begin.
             utterances (list): that have ended since the last answer.
             levels, speech_level, noise_level: dB, see ``still_loud``.
@@ -632,6 +637,7 @@ class LiveHandler(ModelHandler):
         with_words: bool = False
         begun: int = 0
         cut: int = 0
+        since: int = 0
         recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
         utterances: list[dict] = dataclasses.field(default_factory=list)
         levels: list[float] = dataclasses.field(default_factory=list)
@@ -954,7 +960,7 @@ class LiveHandler(ModelHandler):
 
     def _begin(self, sequence: Sequence, again: torch.Tensor) -> None:
         """Begin with the next utterance of a sequence, which will hear these samples (n,) again."""
-        sequence.begun += sequence.heard - len(again)
+        sequence.begun = sequence.since = sequence.begun + sequence.heard - len(again)
         sequence.stream, sequence.heard, sequence.cut, sequence.text = self.model.begin(), 0, 0, ""
         sequence.samples = sequence.recent = torch.empty(0)
         sequence.tokens, sequence.frames, sequence.log_probs = [], [], []
