@@ -280,6 +280,10 @@ def opus_decoder(longest: int) -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
 def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) -> None:
     """What the decoder's thread does."""
     left, samples, count, undecoded, ended = fed.get() or b"", [], 0, 0, False
+    while left and not ended and any(len(left) < len(mark) and mark.startswith(left) for mark in CONTAINERS):
+        heard.put(torch.empty(0))  # Chromium's first piece may be a single byte
+        part = fed.get()
+        ended, left = part is None, left + (part or b"")
     demuxer = CONTAINERS.get(bytes(left[:4]))
 
     def read(size: int) -> bytes:

@@ -203,7 +203,7 @@ def test_every_format_gives_what_the_whole_file_gives(live, worker, encoding, ra
 @pytest.mark.parametrize("container", ["webm", "ogg"])
 def test_a_stream_of_opus_in_pieces_has_the_samples_of_the_whole(container):
     whole, sent = spoken_as(48_000, container, "libopus")
-    for size in (1000, 7, len(sent)):
+    for size in (1000, 7, 3, 1, len(sent)):
         fed, heard = opus_decoder(3600)
         pieces = []
         for part in [sent[i : i + size] for i in range(0, len(sent), size)] + [None]:
