@@ -57,6 +57,7 @@ class Speech:
         token: TorchServe's for inference, where it asks for one.
         endpoints: whether the server tells utterances apart; or the rules' milliseconds, like ``2400,800,20000``.
         words: whether every answer has the words with their times, not the last alone.
+        hotwords: phrases that are expected, as docs/hotwords.md has them: ``four seven two, nine one one: 2``.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Speech:
         token: str | None = None,
         endpoints: bool | str = False,
         words: bool = False,
+        hotwords: str = "",
     ) -> None:
         self.url, self.session, self.rate = f"{server}/predictions/emformer_asr_live", requests.Session(), rate
         host = urlsplit(server).hostname or ""
@@ -73,6 +75,8 @@ class Speech:
         self.headers = {"Content-Type": "application/octet-stream"}
         self.headers |= {"x-sample-rate": str(rate), "x-endpoints": str(endpoints), "x-words": str(words)}
         self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        expected = ",".join(hotwords.splitlines()).strip().encode()  # or requests takes some letters, not all
+        self.expected = {"x-hotwords": expected} if expected else {}  # with a sequence's first piece
         self.kept = self.text = ""  # of an utterance that is too long: before the sequence, and from it
         self.recent, self.whole = b"", True  # what is to be sent again, and whether it is all of the utterance
         self._begin()
@@ -126,6 +130,7 @@ class Speech:
 
     def _posted(self, pcm: bytes, last: bool) -> dict:
         headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
+        headers |= self.expected if self.piece == 0 else {}
         for pause in (0.2, 0.5, 1.0, None):
             try:
                 response = self.session.post(self.url, pcm, headers=headers, timeout=PATIENCE)
@@ -148,7 +153,7 @@ def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER
         chunks: 16-bit little-endian mono samples, of any length, as they are recorded.
         rate: Hz, of the sound.
         server: where TorchServe is, without a path.
-        options: ``token`` and ``endpoints``, as for ``Speech``.
+        options: ``token``, ``endpoints`` and ``hotwords``, as for ``Speech``.
 
     Raises:
         LiveError: as ``Speech.send``.
@@ -219,17 +224,18 @@ def main() -> None:
     parser.add_argument("--server", default=SERVER)
     parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
     parser.add_argument("--endpoints", action="store_true", help="a line of text for each utterance")
+    parser.add_argument("--hotwords", default="", help="phrases that are expected: 'four seven two, nine one one: 2'")
     args = parser.parse_args()
-    speech, stopped = None, []
+    speech, stopped, chosen = None, [], (args.server, args.token, args.endpoints, False, args.hotwords)
     # Ctrl-C ends the sound, and a second one the program.
     signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     try:
         for rate, pcm in file_pieces(args.file) if args.file else microphone_pieces():
-            speech = speech or Speech(rate, args.server, args.token, args.endpoints)
+            speech = speech or Speech(rate, *chosen)
             show(speech.send(pcm), args.endpoints)
             if stopped:
                 break
-        speech = speech or Speech(16_000, args.server, args.token, args.endpoints)
+        speech = speech or Speech(16_000, *chosen)
         show(speech.send(b"", last=True), args.endpoints)
     except LiveError as error:
         sys.exit(f"\n{error}")

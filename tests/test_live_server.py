@@ -262,6 +262,17 @@ def test_the_client_prints_the_text(live):
     assert (said.returncode, said.stdout) == (0, "four seven two\n"), said.stderr
 
 
+def test_the_client_names_phrases_that_are_expected(live, tmp_path):
+    with wave.open(str(tmp_path / "said.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(spoken_clip(MISHEARD))
+    command = [sys.executable, ROOT / "clients" / "live.py", tmp_path / "said.wav", "--server", base(live)]
+    said = subprocess.run([*command, "--hotwords", f"{SAID}, oh oh: 1"], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, f"{SAID}\n"), said.stderr
+    said = subprocess.run([*command, "--hotwords", "\N{EURO SIGN}"], capture_output=True, text=True)
+    assert said.returncode == 1 and "cannot write hotword 1" in said.stderr
+
+
 def test_the_client_lets_the_text_grow_in_a_terminal(live):
     command = [sys.executable, ROOT / "clients" / "live.py", SAMPLES / "three-digits.wav"]
     terminal, inside = pty.openpty()

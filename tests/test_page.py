@@ -17,8 +17,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from test_hotwords import MISHEARD, SAID, spoken_clip
 from test_live import pcm_of
 from test_live_server import the_worker
+from test_quality import HELD_OUT
 
 from handler import decode_audio
 
@@ -362,6 +364,24 @@ def test_a_token_goes_with_every_request(page, live_server):
         assert sent == ["Bearer secret"] * 3
 
 
+def test_phrases_that_are_expected_are_heard_in_speech_and_files(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken_clip(MISHEARD))
+        for phrases in ("", f"{SAID}: 5, oh oh"):
+            chrome.find_element(By.ID, "hotwords").send_keys(phrases)
+            chrome.find_element(By.ID, "file").send_keys(str(HELD_OUT / MISHEARD))
+            wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
+            chrome.find_element(By.ID, "speak").click()
+            wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#text p")) == 2)  # it has ended
+            chrome.find_element(By.ID, "speak").click()
+            wait_for(chrome, lambda _: chrome.find_element(By.ID, "speak").text == "Speak")
+            heard = [text(chrome, "transcript"), text(chrome, "text")]
+            assert heard == [SAID] * 2 if phrases else SAID not in heard
+        chrome.find_element(By.ID, "hotwords").send_keys(", \N{LATIN SMALL LETTER C WITH CARON}")
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "cannot write hotword 3" in text(chrome, "message"))
+
+
 def test_a_missing_microphone_is_said(page, live_server):
     with browser(page, base(live_server), "--use-fake-ui-for-media-stream") as chrome:
         chrome.find_element(By.ID, "speak").click()
@@ -391,6 +411,8 @@ def test_the_keyboard_is_enough(page, live_server):
         hears(chrome, spoken("three-digits.wav"))
         chrome.switch_to.active_element.send_keys(Keys.TAB)  # from the server's field
         assert chrome.switch_to.active_element.get_property("id") == "token"
+        chrome.switch_to.active_element.send_keys(Keys.TAB)
+        assert chrome.switch_to.active_element.get_property("id") == "hotwords"
         chrome.switch_to.active_element.send_keys(Keys.TAB)
         assert chrome.switch_to.active_element.get_property("id") == "speak"
         chrome.switch_to.active_element.send_keys(Keys.ENTER)
