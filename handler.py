@@ -867,7 +867,7 @@ class ModelHandler:
         """Each audio file of a request: its waveform, duration and notes, and the format that was asked for."""
         used, response_format = time.thread_time(), format_of(request, headers, has_times=self.has_times)
         track, expected = track_of(request, headers), self._expected(request, headers)
-        asked_for = {"format": response_format, "expected": expected}
+        asked_for = {"format": response_format, "expected": expected, "several": self.settings["beam_width"] > 1}
         left = longest = self.settings["max_audio_seconds"]  # for all its files together
         sounds = []
         for audio in audio_files(request, headers):
@@ -991,7 +991,7 @@ def formatted(sound: dict, model_name: str, processor: Callable, word_delays: di
     answer = {"task": "transcribe", "text": text, "duration": round(sound["duration"], 3), "language": "english"}
     words = [{name: word[name] for name in ("word", "start", "end", "probability")} for word in words]
     answer |= {"model": model_name, "segments": segments, "words": words}
-    if len(hypotheses) > 1:
+    if sound["several"]:
         scores: dict[str, float] = {}
         for tokens, score, *_ in hypotheses:
             scores.setdefault(processor(tokens), round(score, 4))

@@ -246,6 +246,10 @@ def opus_decoder(longest: int) -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
 def decode_opus(fed: queue.SimpleQueue, heard: queue.SimpleQueue, longest: int) -> None:
     """What the decoder's thread does."""
     left, samples, count, undecoded, ended = fed.get() or b"", [], 0, 0, False
+    while left and not ended and any(len(left) < len(mark) and mark.startswith(left) for mark in CONTAINERS):
+        heard.put(torch.empty(0))  # Chromium's first piece may be a single byte
+        part = fed.get()
+        ended, left = part is None, left + (part or b"")
     demuxer = CONTAINERS.get(bytes(left[:4]))
 
     def read(size: int) -> bytes:
@@ -382,6 +386,7 @@ def transcript(name: str, sequence: "LiveHandler.Sequence", number: int, last: b
             answer |= {"text": "", "stable": 0, "words": [], "speech": 0.0}
     if sequence.rules:
         answer["utterances"], sequence.utterances = sequence.utterances, []
+        answer["unfinished"] = 0.0 if last else (sequence.begun + sequence.heard - sequence.since) / SAMPLE_RATE
     return answer
 
 
@@ -495,6 +500,8 @@ def seam(sequence: "LiveHandler.Sequence", naming: tuple) -> torch.Tensor | None
         if place > 0:
             settled = (sequence.tokens, sequence.frames, sequence.log_probs)
             end_utterance(sequence, tuple(each[:place] for each in settled), "length", naming)
+            if sequence.utterances[-1]["words"]:
+                sequence.since = round(sequence.utterances[-1]["end"] * SAMPLE_RATE)
             for each in settled:
                 del each[:place]
             sequence.text, sequence.cut = written(sequence.tokens, processor), decoded
@@ -562,6 +569,7 @@ class LiveHandler(ModelHandler):
         text: str = ""
         begun: int = 0  # the sample of the sequence where the stream began: ``heard`` and ``frames`` count from there
         cut: int = 0  # the sample of the stream at which an utterance was too long and the next has begun
+        since: int = 0  # the sample of the sequence from which the utterance that goes on has to be heard
         recent: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # (n,), see ``seam``
         utterances: list[dict] = dataclasses.field(default_factory=list)  # that have ended since the last answer
         # dB, see ``still_loud``.
@@ -884,7 +892,7 @@ class LiveHandler(ModelHandler):
 
     def _begin(self, sequence: Sequence, again: torch.Tensor) -> None:
         """Begin with the next utterance of a sequence, which will hear these samples (n,) again."""
-        sequence.begun += sequence.heard - len(again)
+        sequence.begun = sequence.since = sequence.begun + sequence.heard - len(again)
         sequence.stream, sequence.heard, sequence.cut, sequence.text = self.model.begin(), 0, 0, ""
         sequence.samples = sequence.recent = torch.empty(0)
         sequence.tokens, sequence.frames, sequence.log_probs = [], [], []

@@ -27,12 +27,12 @@ import requests
 SERVER = "http://127.0.0.1:8080"
 PIECE = 0.16  # seconds
 LONGEST = 20  # seconds in a request; the server takes 30
+AGAIN = 60  # seconds of one utterance, at most, that are sent again after a loss
 # Seconds for an answer: a piece that comes while the server replaces its worker waits for the new one.
 PATIENCE = 300
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # one after the other, without an answer
-AGAIN = 5  # seconds, at most, that are heard again after a loss: since the last word came
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -47,7 +47,8 @@ class LostError(LiveError):
 class Speech:
     """Sound that is sent piece by piece, and the text of it.
 
-    It is one sequence, and another one whenever the server has lost it. What was written until then stays, and what was
+    It is one sequence, and another one whenever the server has lost it. That one begins with the sound of the utterance
+    that goes on. Of one longer than ``AGAIN``, as there may be without endpoints, the text stays instead, and what was
     heard since the last word came is sent again.
 
     Args:
@@ -56,6 +57,7 @@ class Speech:
         token: TorchServe's for inference, where it asks for one.
         endpoints: whether the server tells utterances apart; or the rules' milliseconds, like ``2400,800,20000``.
         words: whether every answer has the words with their times, not the last alone.
+        hotwords: phrases that are expected, as docs/hotwords.md has them: ``four seven two, nine one one: 2``.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Speech:
         token: str | None = None,
         endpoints: bool | str = False,
         words: bool = False,
+        hotwords: str = "",
     ) -> None:
         self.url, self.session, self.rate = f"{server}/predictions/emformer_asr_live", requests.Session(), rate
         host = urlsplit(server).hostname or ""
@@ -72,46 +75,62 @@ class Speech:
         self.headers = {"Content-Type": "application/octet-stream"}
         self.headers |= {"x-sample-rate": str(rate), "x-endpoints": str(endpoints), "x-words": str(words)}
         self.headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        self.kept = self.text = ""  # of the utterance: before the sequence, and from it
-        self.recent = b""  # since the last word came
+        expected = ",".join(hotwords.splitlines()).strip().encode()  # or requests takes some letters, not all
+        self.expected = {"x-hotwords": expected} if expected else {}  # with a sequence's first piece
+        self.kept = self.text = ""  # of an utterance that is too long: before the sequence, and from it
+        self.recent, self.whole = b"", True  # what is to be sent again, and whether it is all of the utterance
         self._begin()
 
     def send(self, pcm: bytes, last: bool = False) -> dict:
-        """The answer to the next piece, as docs/live.md has it; its text begins with what was written before a loss.
+        """The answer to the next piece, as docs/live.md has it, also if that has to be sent to another sequence.
 
         The piece is sent again if the connection breaks: it does not count twice.
 
         Args:
-            pcm: 16-bit little-endian mono samples, up to 25 s.
+            pcm: 16-bit little-endian mono samples.
             last: whether no other will come.
 
         Raises:
             LiveError: the server refuses the piece, or does not answer, or has lost ``MOST_LOST`` sequences.
         """
-        for left in reversed(range(MOST_LOST)):
+        size, utterances, lost, answer = 2 * LONGEST * self.rate, [], 0, None
+        while pcm or answer is None:
             try:
-                answer = self._posted(pcm, last)
-                break
+                answer = self._posted(pcm[:size], last and len(pcm) <= size)
             except LostError:
-                if not left:
+                lost += 1
+                if lost == MOST_LOST:
                     raise
+                pcm, answer = self.recent + pcm, None
                 self._begin()
-                pcm, self.recent = self.recent + pcm, b""
-        self.recent = b"" if self.text != answer["text"] else (self.recent + pcm)[-2 * AGAIN * self.rate :]
+                continue
+            self._keep(pcm[:size], answer)
+            utterances += answer.get("utterances", [])
+            pcm, lost = pcm[size:], 0
+        return answer | {"utterances": utterances} if "utterances" in answer else answer
+
+    def _begin(self) -> None:
+        self.kept = self.kept if self.whole else f"{self.kept} {self.text}".strip()
+        self.text, self.piece, self.recent, self.whole = "", 0, b"", True
+        self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
+
+    def _keep(self, pcm: bytes, answer: dict) -> None:
+        """Keep what a loss would take away, and put what was kept over the last one into the answer."""
+        again, changed = self.recent + pcm, answer["text"] != self.text
         self.piece, self.text = self.piece + 1, answer["text"]
         for utterance in answer.get("utterances", []):
-            utterance["text"], self.kept = f"{self.kept} {utterance['text']}".strip(), ""
+            utterance["text"], self.kept, self.whole = f"{self.kept} {utterance['text']}".strip(), "", True
+        if "unfinished" in answer:
+            again = again[len(again) - min(2 * round(answer["unfinished"] * self.rate), len(again)) :]
+        self.whole = self.whole and len(again) <= 2 * AGAIN * self.rate
+        self.recent = again if self.whole else b"" if changed else again[-2 * LONGEST * self.rate :]
         if self.kept:
             answer["text"] = f"{self.kept} {self.text}".rstrip()
             answer["stable"] = min(answer["stable"] + len(self.kept) + 1, len(answer["text"]))
-        return answer
-
-    def _begin(self) -> None:
-        self.kept, self.text, self.piece = f"{self.kept} {self.text}".strip(), "", 0
-        self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
 
     def _posted(self, pcm: bytes, last: bool) -> dict:
         headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
+        headers |= self.expected if self.piece == 0 else {}
         for pause in (0.2, 0.5, 1.0, None):
             try:
                 response = self.session.post(self.url, pcm, headers=headers, timeout=PATIENCE)
@@ -134,15 +153,14 @@ def transcribe(chunks: Iterable[bytes], rate: int = 16_000, server: str = SERVER
         chunks: 16-bit little-endian mono samples, of any length, as they are recorded.
         rate: Hz, of the sound.
         server: where TorchServe is, without a path.
-        options: ``token`` and ``endpoints``, as for ``Speech``.
+        options: ``token``, ``endpoints`` and ``hotwords``, as for ``Speech``.
 
     Raises:
         LiveError: as ``Speech.send``.
     """
-    speech, longest = Speech(rate, server, **({"endpoints": True} | options)), 2 * rate * LONGEST
+    speech = Speech(rate, server, **({"endpoints": True} | options))
     for chunk in chunks:
-        for begin in range(0, len(chunk), longest):
-            yield from texts(speech.send(chunk[begin : begin + longest]))
+        yield from texts(speech.send(chunk))
     yield from texts(speech.send(b"", last=True))
 
 
@@ -206,17 +224,18 @@ def main() -> None:
     parser.add_argument("--server", default=SERVER)
     parser.add_argument("--token", help="TorchServe's for inference, where it asks for one")
     parser.add_argument("--endpoints", action="store_true", help="a line of text for each utterance")
+    parser.add_argument("--hotwords", default="", help="phrases that are expected: 'four seven two, nine one one: 2'")
     args = parser.parse_args()
-    speech, stopped = None, []
+    speech, stopped, chosen = None, [], (args.server, args.token, args.endpoints, False, args.hotwords)
     # Ctrl-C ends the sound, and a second one the program.
     signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     try:
         for rate, pcm in file_pieces(args.file) if args.file else microphone_pieces():
-            speech = speech or Speech(rate, args.server, args.token, args.endpoints)
+            speech = speech or Speech(rate, *chosen)
             show(speech.send(pcm), args.endpoints)
             if stopped:
                 break
-        speech = speech or Speech(16_000, args.server, args.token, args.endpoints)
+        speech = speech or Speech(16_000, *chosen)
         show(speech.send(b"", last=True), args.endpoints)
     except LiveError as error:
         sys.exit(f"\n{error}")

@@ -202,7 +202,7 @@ def test_every_format_gives_what_the_whole_file_gives(live, worker, encoding, ra
 @pytest.mark.parametrize("container", ["webm", "ogg"])
 def test_a_stream_of_opus_in_pieces_has_the_samples_of_the_whole(container):
     whole, sent = spoken_as(48_000, container, "libopus")
-    for size in (1000, 7, len(sent)):
+    for size in (1000, 7, 3, 1, len(sent)):
         fed, heard = opus_decoder(3600)
         pieces = []
         for part in [sent[i : i + size] for i in range(0, len(sent), size)] + [None]:
@@ -325,6 +325,29 @@ def test_an_utterance_that_is_too_long_is_cut_between_words_and_none_is_lost(liv
     whole = say(live, "too-long-whole", cut(pcm, random.Random(4)))["words"]
     assert [[word["word"], word["start"]] for word in words] == [[word["word"], word["start"]] for word in whole]
     assert all(one["end"] - one["start"] < 4 for one in told[:-1])
+
+
+def test_what_is_unfinished_sent_again_under_another_name_gives_the_text_it_would_have_had(live, told_apart):
+    """So that a client whose sequence is lost, wherever that is, loses no word and hears none twice."""
+    texts, _, pcm = told_apart
+    pieces, told = [pcm[i : i + 20_000] for i in range(0, len(pcm), 20_000)], []
+    for number, piece in enumerate(pieces[:-1]):
+        [(_, answer)] = live.answer((headers("lost", number, **{"x-endpoints": "true"}), piece))
+        told += [each["text"] for each in answer["utterances"]]
+        if number % 3 == 2:
+            so_far = 20_000 * (number + 1)
+            again = pcm[so_far - 2 * round(16_000 * answer["unfinished"]) :]
+            rest = [each["text"] for each in utterances(live, f"found-{number}", [again])]
+            assert [text for text in told + rest if text] == texts, number
+
+
+def test_after_one_that_was_too_long_the_next_is_what_comes_after_its_last_word(live, strings):
+    pcm, rules, end = b"".join(strings[:3]), {"x-endpoints": "3600000,3600000,3000"}, 0.0
+    for number, begin in enumerate(range(0, len(pcm), 20_000)):
+        [(_, answer)] = live.answer((headers("too-long-unfinished", number, **rules), pcm[begin : begin + 20_000]))
+        end = next((each["end"] for each in reversed(answer["utterances"])), end)
+        assert len(pcm[: begin + 20_000]) / 32_000 - answer["unfinished"] == pytest.approx(end, abs=0.001)
+    assert end > 3
 
 
 def test_where_nobody_speaks_the_utterance_is_empty(live):

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import http.server
-import os
 import shutil
 import threading
 import time
@@ -18,8 +17,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from test_hotwords import MISHEARD, SAID, spoken_clip
 from test_live import pcm_of
 from test_live_server import the_worker
+from test_quality import HELD_OUT
 
 from handler import decode_audio
 
@@ -58,11 +59,11 @@ def live_server(digits_pt, page) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory) -> Path:
-    """What the microphone plays: the sample, then nothing."""
-    path = tmp_path_factory.mktemp("microphone") / "speech.wav"
+    """What Chromium's microphone plays: nothing, while a slow machine begins to listen; the sample; then nothing."""
+    path, silence = tmp_path_factory.mktemp("microphone") / "speech.wav", bytes(2 * 16_000)
     with wave.open(str(SAMPLES / "three-digits.wav")) as source, wave.open(str(path), "wb") as target:
         target.setparams(source.getparams())
-        target.writeframes(source.readframes(source.getnframes()) + bytes(2 * 16_000 * 20))
+        target.writeframes(5 * silence + source.readframes(source.getnframes()) + 20 * silence)
     return path
 
 
@@ -84,6 +85,34 @@ def browser(page: str, server_url: str, *options: str) -> Iterator[Chrome]:
         yield chrome
     finally:
         chrome.quit()
+
+
+def spoken(name: str) -> bytes:
+    """A sample as PCM."""
+    return pcm_of(decode_audio((SAMPLES / name).read_bytes()))
+
+
+# A microphone whose sound begins when the page begins to listen, and has no gaps: Chromium's own one has begun by then,
+# on a busy machine long ago. After the sound it hears nothing, for as long as it takes.
+MICROPHONE = """
+    const pcm = Int16Array.from(arguments[0]), Context = window.AudioContext;
+    navigator.mediaDevices.getUserMedia = async () => {
+      const audio = new Context(), source = new AudioBufferSourceNode(audio, { buffer:
+        new AudioBuffer({ length: pcm.length, sampleRate: 16000 }) });
+      source.buffer.copyToChannel(Float32Array.from(pcm, (sample) => sample / 32768), 0);
+      const silence = new ConstantSourceNode(audio, { offset: 0 }), sound = new GainNode(audio);
+      const microphone = new MediaStreamAudioDestinationNode(audio);
+      for (const each of [source, silence]) each.connect(sound);
+      sound.connect(microphone);
+      window.AudioContext = function () { return audio; };
+      audio.createMediaStreamSource = () => { source.start(); silence.start(); return sound; };
+      return microphone.stream;
+    };"""
+
+
+def hears(chrome: Chrome, pcm: bytes) -> None:
+    """From now on the page's microphone brings this sound when the page listens."""
+    chrome.execute_script(MICROPHONE, memoryview(pcm).cast("h").tolist())
 
 
 def microphone(speech: Path) -> tuple[str, ...]:
@@ -111,9 +140,10 @@ def errors(chrome: Chrome) -> list[str]:
 
 
 @needs_nginx
-def test_behind_the_proxy_the_page_asks_its_own_address(live_server, speech):
+def test_behind_the_proxy_the_page_asks_its_own_address(live_server):
     address = origin(live_server)
-    with browser(f"{address}/", "", *microphone(speech)) as chrome:
+    with browser(f"{address}/", "") as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         assert chrome.find_element(By.ID, "server").get_property("value") == address
         chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "three-digits.wav"))
         wait_for(chrome, lambda chrome: text(chrome, "transcript") == TEXT)
@@ -122,9 +152,10 @@ def test_behind_the_proxy_the_page_asks_its_own_address(live_server, speech):
         assert not errors(chrome)
 
 
-def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speech, pytestconfig):
+def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, pytestconfig):
     screenshot = pytestconfig.getoption("screenshot")
-    with browser(page, base(live_server), "--window-size=820,860", *microphone(speech)) as chrome:
+    with browser(page, base(live_server), "--window-size=820,860") as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         if screenshot:
             chrome.find_element(By.ID, "file").send_keys(str(SAMPLES / "pin.webm"))
             wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
@@ -154,13 +185,9 @@ def test_the_text_appears_while_one_speaks_and_is_right(page, live_server, speec
         assert not errors(chrome)
 
 
-def test_finished_sentences_stay_above_one_that_grows(page, live_server, tmp_path):
-    path, silence = tmp_path / "speech.wav", bytes(2 * 16_000)
-    spoken = [pcm_of(decode_audio((SAMPLES / name).read_bytes())) for name in ("three-digits.wav", "pin.webm")]
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes(spoken[0] + 2 * silence + spoken[1] + 20 * silence)
-    with browser(page, base(live_server), *microphone(path)) as chrome:
+def test_finished_sentences_stay_above_one_that_grows(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav") + bytes(2 * 32_000) + spoken("pin.webm"))
         chrome.execute_script("""
             window.seen = [];
             const lines = () => [...document.querySelectorAll("#text p")].map((line) => line.textContent);
@@ -216,8 +243,9 @@ def test_a_refused_microphone_is_said(page, live_server):
         assert chrome.find_element(By.ID, "speak").text == "Speak"
 
 
-def test_a_microphone_that_goes_away_is_said_and_the_text_stays(page, live_server, speech):
-    with browser(page, base(live_server), *microphone(speech)) as chrome:
+def test_a_microphone_that_goes_away_is_said_and_the_text_stays(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         chrome.find_element(By.ID, "speak").click()
         wait_for(chrome, lambda _: text(chrome, "text") == TEXT)
         chrome.execute_script("speaking.microphone.getTracks()[0].dispatchEvent(new Event('ended'))")
@@ -240,8 +268,9 @@ SLOW = """
     };"""
 
 
-def test_after_stop_nothing_is_recorded_any_more(page, live_server, speech):
-    with browser(page, base(live_server), *microphone(speech)) as chrome:
+def test_after_stop_nothing_is_recorded_any_more(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         chrome.execute_script("delete window.MediaRecorder")  # of PCM the bytes tell the time
         chrome.execute_script(SLOW, 1)
         button = chrome.find_element(By.ID, "speak")
@@ -251,14 +280,14 @@ def test_after_stop_nothing_is_recorded_any_more(page, live_server, speech):
         chrome.execute_script("window.track = speaking.microphone.getTracks()[0]")
         time.sleep(1)
         button.click()
-        spoken = time.monotonic() - begun
+        seconds = time.monotonic() - begun
         wait_for(chrome, lambda _: chrome.execute_script("return track.readyState") == "ended")
         assert button.text == "Finishing\N{HORIZONTAL ELLIPSIS}"
         time.sleep(3)
         chrome.execute_script("release()")
         wait_for(chrome, lambda _: button.text == "Speak")
         sent = chrome.execute_script("return sent.reduce((sum, { bytes }) => sum + bytes, 0)")
-        assert 0.5 < sent / 32_000 < spoken + 2
+        assert 0.5 < sent / 32_000 < seconds + 2
 
 
 def test_the_browser_sends_opus_a_tenth_of_the_bytes_or_else_pcm_and_the_text_is_the_same(page, live_server, speech):
@@ -281,19 +310,18 @@ def test_the_browser_sends_opus_a_tenth_of_the_bytes_or_else_pcm_and_the_text_is
             assert part < 0.125 if opus else 0.9 < part <= 1.0
 
 
-@pytest.mark.skipif("QUIET_MACHINE" not in os.environ, reason="needs a machine without other work: QUIET_MACHINE=1")
-def test_a_page_whose_worker_dies_keeps_the_text_and_begins_anew(page, live_server, speech):
-    with browser(page, base(live_server), *microphone(speech)) as chrome:
+def test_a_page_whose_worker_dies_loses_no_word_and_begins_anew(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         chrome.execute_script(SLOW, 0)
         chrome.find_element(By.ID, "speak").click()
         worker = the_worker(live_server)
         wait_for(chrome, lambda _: text(chrome, "text").startswith("four"))
         worker.kill()
-        wait_for(chrome, lambda _: len(chrome.execute_script(NAMES)) == 2 and text(chrome, "text").endswith("two"), 300)
+        wait_for(chrome, lambda _: len(chrome.execute_script(NAMES)) > 1 and text(chrome, "text") == TEXT, 300)
         chrome.find_element(By.ID, "speak").click()
-        wait_for(chrome, lambda _: text(chrome, "status").startswith("Transcript: four"))
-        assert text(chrome, "message") == ""
-        assert text(chrome, "text").split()[0] == "four"  # of a word that was being spoken a part may be lost
+        wait_for(chrome, lambda _: text(chrome, "status") == f"Transcript: {TEXT}")
+        assert (text(chrome, "message"), text(chrome, "text")) == ("", TEXT)
 
 
 NAMES = "return [...new Set(sent.map(({ headers }) => headers.ts_request_sequence_id))]"
@@ -336,6 +364,24 @@ def test_a_token_goes_with_every_request(page, live_server):
         assert sent == ["Bearer secret"] * 3
 
 
+def test_phrases_that_are_expected_are_heard_in_speech_and_files(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken_clip(MISHEARD))
+        for phrases in ("", f"{SAID}: 5, oh oh"):
+            chrome.find_element(By.ID, "hotwords").send_keys(phrases)
+            chrome.find_element(By.ID, "file").send_keys(str(HELD_OUT / MISHEARD))
+            wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#links a")) == 2)
+            chrome.find_element(By.ID, "speak").click()
+            wait_for(chrome, lambda _: len(chrome.find_elements(By.CSS_SELECTOR, "#text p")) == 2)  # it has ended
+            chrome.find_element(By.ID, "speak").click()
+            wait_for(chrome, lambda _: chrome.find_element(By.ID, "speak").text == "Speak")
+            heard = [text(chrome, "transcript"), text(chrome, "text")]
+            assert heard == [SAID] * 2 if phrases else SAID not in heard
+        chrome.find_element(By.ID, "hotwords").send_keys(", \N{LATIN SMALL LETTER C WITH CARON}")
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: "cannot write hotword 3" in text(chrome, "message"))
+
+
 def test_a_missing_microphone_is_said(page, live_server):
     with browser(page, base(live_server), "--use-fake-ui-for-media-stream") as chrome:
         chrome.find_element(By.ID, "speak").click()
@@ -360,10 +406,13 @@ def test_a_page_from_elsewhere_gets_nothing(page, live_server):
         assert text(chrome, "transcript") == ""
 
 
-def test_the_keyboard_is_enough(page, live_server, speech):
-    with browser(page, base(live_server), *microphone(speech)) as chrome:
+def test_the_keyboard_is_enough(page, live_server):
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav"))
         chrome.switch_to.active_element.send_keys(Keys.TAB)  # from the server's field
         assert chrome.switch_to.active_element.get_property("id") == "token"
+        chrome.switch_to.active_element.send_keys(Keys.TAB)
+        assert chrome.switch_to.active_element.get_property("id") == "hotwords"
         chrome.switch_to.active_element.send_keys(Keys.TAB)
         assert chrome.switch_to.active_element.get_property("id") == "speak"
         chrome.switch_to.active_element.send_keys(Keys.ENTER)
