@@ -8,6 +8,9 @@
 - server: the real TorchServe on free ports with one worker of the live archive, held to one core; Java and this load
   generator have the others. N speakers, each a connection, send their pieces of 160 ms at the speed of speech. A time
   counts from the moment at which the piece's last sample was spoken, so also while the answer before is still out.
+- loss: the same server, on all cores, under 20 speakers, each of which begins another sequence as soon as its own is
+  refused. The worker is killed (``kill -9``) three times: from there to the first answer of another sequence, of the
+  first and of the last speaker, and to the last speaker's refusal.
 - memory: what the handler keeps of a sequence after half a minute, as tensors.
 - delay: one speaker of digits; from the end of a word in the sound (where the model itself hears it end, corrected as
   in the answers) to the arrival of the first answer with that word in its text.
@@ -66,6 +69,7 @@ PAUSES = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # seconds between the clips of a string
 NOISES = (40, 20, 10)  # dB below speech
 SILENCES = (None, 600, 800, 1000)  # milliseconds of the rule for silence after a word
 STRINGS = 4  # of each kind
+KILLS, BEREAVED = 3, 20  # how often the worker is killed, and under how many speakers
 SURE = (0.3, 0.4, 0.5, 0.6, 0.8)  # what a client may ask of ``speech``
 
 
@@ -204,6 +208,48 @@ def through_the_server(name: str, model: Path, pcm: bytes) -> None:
             print("|", " | ".join(map(str, row + [f"{each:.2f}" for each in cores])), "|", flush=True)
             if p95(times) > LIMIT:
                 break
+
+
+async def begins_anew(server: Server, pieces: list[bytes], phase: float, killed: list[float]) -> tuple[float, float]:
+    """Seconds from the worker's end until a speaker is refused, and until its next sequence has the first answer."""
+    speaker, number, refused = Speaker(server), 0, 0.0
+    begun = time.perf_counter() + phase
+    while True:
+        await asyncio.sleep(max(begun + (number + 1) * PIECE - time.perf_counter(), 0))
+        try:
+            await speaker.send(pieces[number % (len(pieces) - 1)])
+            if refused:
+                served = time.perf_counter()
+                await speaker.send(b"", last=True)
+                return refused - killed[0], served - killed[0]
+        except (RuntimeError, OSError, EOFError):
+            if not killed:
+                raise
+            refused, speaker = time.perf_counter(), Speaker(server)
+        number += 1
+
+
+async def bereaved(server: Server, pieces: list[bytes]) -> tuple[float, float, float]:
+    """Seconds from the worker's end to the last refusal, and to the first and the last speaker's first answer."""
+    rng, killed = random.Random(0), []
+    speaking = [begins_anew(server, pieces, rng.uniform(0, PIECE), killed) for _ in range(BEREAVED)]
+    everybody = asyncio.gather(*speaking)
+    await asyncio.sleep(WARM_UP)
+    the_worker(server).kill()
+    killed.append(time.perf_counter())
+    refused, served = zip(*await everybody, strict=True)
+    return max(refused), min(served), max(served)
+
+
+def loss(name: str, model: Path, pcm: bytes) -> None:
+    server = Server(model, live={})
+    try:
+        server.start()
+        for number in range(KILLS):
+            row = [name, number + 1, *(f"{each:.1f} s" for each in asyncio.run(bereaved(server, cut(pcm))))]
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+    finally:
+        server.remove()
 
 
 async def delays(server: Server, pcm: bytes, seconds: float) -> list[float]:
@@ -361,6 +407,7 @@ TABLES = {
         through_the_server,
         "| | speakers | median | p95 | worker's cores | Java's | load generator's |\n|---|---|---|---|---|---|---|",
     ),
+    "loss": (loss, "| | kill | all refused | first served | all served |\n|---|---|---|---|---|"),
     "delay": (word_delays, "| | pieces of | words | median | p95 |\n|---|---|---|---|---|"),
     "endpoints": (
         endpoints,

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, SAMPLES, Worker, encode, transcripts
 from ts.context import Context, RequestProcessor
 
+import clients.live
 import export_model
 from benchmarks import engine
 from handler import decode_audio, words_of
@@ -339,6 +340,33 @@ def test_what_is_unfinished_sent_again_under_another_name_gives_the_text_it_woul
             again = pcm[so_far - 2 * round(16_000 * answer["unfinished"]) :]
             rest = [each["text"] for each in utterances(live, f"found-{number}", [again])]
             assert [text for text in told + rest if text] == texts, number
+
+
+@pytest.mark.parametrize(("endpoints", "again"), [(True, 60), (False, 60), (False, 1)])
+def test_the_client_whose_sequences_are_lost_goes_on(live, told_apart, monkeypatch, endpoints, again):
+    """It loses no word; of an utterance that is too long to be heard again it keeps the text."""
+    texts, _, pcm = told_apart
+    monkeypatch.setattr(clients.live, "AGAIN", again)
+    asked, lost = [], (12, 30)  # requests
+
+    def posted(speech: clients.live.Speech, pcm: bytes, last: bool) -> dict:
+        asked.append(pcm)
+        if len(asked) in lost:
+            raise clients.live.LostError
+        head = headers(speech.headers["ts_request_sequence_id"], speech.piece, last, **{"x-endpoints": str(endpoints)})
+        [(status, answer)] = live.answer((head, pcm))
+        assert status == 200, answer
+        return answer
+
+    monkeypatch.setattr(clients.live.Speech, "_posted", posted)
+    pieces = [pcm[i : i + 12_000] for i in range(0, len(pcm), 12_000)]
+    said = " ".join(clients.live.transcribe(pieces, endpoints=endpoints)).split()
+    words = " ".join(texts).split()
+    assert len(asked) > max(lost)
+    if again == 60:
+        assert said == words
+    else:  # of a word that was being spoken a part may be lost
+        assert (said[0], said[-1]) == (words[0], words[-1]) and abs(len(said) - len(words)) <= len(lost)
 
 
 def test_after_one_that_was_too_long_the_next_is_what_comes_after_its_last_word(live, strings):
