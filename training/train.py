@@ -42,7 +42,8 @@ from tqdm import tqdm
 SAMPLE_RATE = EMFORMER_RNNT_BASE_LIBRISPEECH.sample_rate
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
 
-# Segment, right context, time reduction, left context and memory are those of emformer_rnnt_base.
+# Segment, right context, time reduction and memory are those of emformer_rnnt_base. The left context is a third of its:
+# an Emformer has no positions, and the more words it looks back on, the more often it takes one for its neighbour.
 ARCHITECTURE = {
     "input_dim": 80,
     "encoding_dim": 256,
@@ -56,7 +57,7 @@ ARCHITECTURE = {
     "transformer_num_layers": 6,
     "transformer_dropout": 0.0,
     "transformer_activation": "gelu",
-    "transformer_left_context_length": 30,
+    "transformer_left_context_length": 10,
     "transformer_max_memory_size": 0,
     "transformer_weight_init_scale_strategy": "depthwise",
     "transformer_tanh_on_mem": True,
@@ -83,13 +84,11 @@ WARM_UP = 300  # steps over which the learning rate rises
 DECAY = 0.6  # share of the run, at its end, over which it falls
 SAVE_EVERY = 250  # steps
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
-# Where the transducer may write, see allowed(): the mark from so many seconds after a word's beginning to so many, the
-# word from so many seconds before its end to so many after it. A mark that could come while the word before it may still
-# be written would let that be written twice, and the marked word not at all: the predictor cannot tell the two marks.
-MARK_FROM = 0.12
-MARKED = 0.28
+# Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
+# so many seconds before its end to so many after it.
+MARKED = 0.25
 EARLIEST = 0.1
-LATEST = 0.06
+LATEST = 0.12
 ALONE = 0.7  # seconds: a clip of a single word that is longer has something else around it
 FASTEST = 0.28  # seconds a word: what a synthesiser says faster than this is no longer all there
 # How often an engine's clips are drawn; the robotic ones less.
@@ -402,7 +401,7 @@ def allowed(spans: torch.Tensor, frames: torch.Tensor, length: int) -> torch.Ten
     start, stop, known = (part[:, None] for part in spans.unbind(2))
     last = (frames[:, None, None] - 1) * FRAME_SECONDS
     sure = known > 0
-    begin = torch.minimum(torch.minimum(start + MARK_FROM, stop - EARLIEST), last - FRAME_SECONDS) - FRAME_SECONDS
+    begin = torch.minimum(start, last - FRAME_SECONDS) - FRAME_SECONDS
     marked = torch.maximum(torch.where(sure, torch.minimum(start + MARKED, stop), stop), begin + 2 * FRAME_SECONDS)
     earliest = torch.minimum(torch.where(sure, stop - EARLIEST, start), last) - FRAME_SECONDS
     latest = torch.maximum(stop + LATEST, earliest + 2 * FRAME_SECONDS)
@@ -496,8 +495,8 @@ def transducer_loss(
     which a search of one hypothesis finds it likelier than blank.
 
     The predictor is told that a word was written, but not which: digits follow each other at random, and a joiner that
-    expects the word that was heard before loses every word after one that it missed. Where no word ends, blank is to be
-    written after a mark, too, so that a wrong mark stays without a word and an early one waits for its own.
+    expects the word that was heard before loses every word after one that it missed. Where nobody says a digit, blank
+    is to be written after a mark, too, so that a wrong mark stays without a word.
     """
     written = torch.stack([torch.full_like(targets, BEGINS), targets], 2).flatten(1).long()
     history = torch.randint_like(targets, 3, BLANK)
@@ -519,11 +518,12 @@ def transducer_loss(
     with torch.no_grad():
         lattice = log_probs(encoded[:, :, None], predicted[:, None, :-1])
         emitted = lattice[:, :, :-1].gather(3, written[:, None, :, None].expand(-1, length, -1, 1))[..., 0]
-        writable = allowed(spans, frames, length)
-        emitted += FORBIDDEN * ~writable
+        emitted += FORBIDDEN * ~allowed(spans, frames, length)
         places = best_path(emitted, lattice[..., BLANK], frames.long(), 2 * target_lengths.long())
         moments = ((places[:, None] <= symbols[:, None]) & inside[:, None]).sum(2)  # when each symbol is written
-        unmarked = inside & (places % 2 == 0) & ~writable[..., 1::2].any(2)
+        begin, end = (part * (1 / FRAME_SECONDS) for part in (spans[..., 0] - 0.1, spans[..., 1] + LATEST))
+        said = ((times[:, None] >= begin[:, None]) & (times[:, None] <= end[:, None])).any(2)
+        unmarked = inside & (places % 2 == 0) & ~said
     waits = log_probs(encoded, rows(predicted, places))[..., BLANK] * inside
     waits = waits + log_probs(encoded, rows(predicted, places + 1))[..., BLANK] * unmarked
     used = symbols < 2 * target_lengths[:, None]
