@@ -386,7 +386,7 @@ def transcript(name: str, sequence: "LiveHandler.Sequence", number: int, last: b
             answer |= {"text": "", "stable": 0, "words": [], "speech": 0.0}
     if sequence.rules:
         answer["utterances"], sequence.utterances = sequence.utterances, []
-        answer["unfinished"] = 0.0 if last else (sequence.begun + sequence.heard - sequence.since) / SAMPLE_RATE
+        answer["finished"] = (sequence.begun + sequence.heard if last else sequence.since) / SAMPLE_RATE
     return answer
 
 

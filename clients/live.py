@@ -111,7 +111,7 @@ class Speech:
 
     def _begin(self) -> None:
         self.kept = self.kept if self.whole else f"{self.kept} {self.text}".strip()
-        self.text, self.piece, self.recent, self.whole = "", 0, b"", True
+        self.text, self.piece, self.sent, self.recent, self.whole = "", 0, 0, b"", True  # sent: samples
         self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
 
     def _keep(self, pcm: bytes, answer: dict) -> None:
@@ -120,8 +120,9 @@ class Speech:
         self.piece, self.text = self.piece + 1, answer["text"]
         for utterance in answer.get("utterances", []):
             utterance["text"], self.kept, self.whole = f"{self.kept} {utterance['text']}".strip(), "", True
-        if "unfinished" in answer:
-            again = again[len(again) - min(2 * round(answer["unfinished"] * self.rate), len(again)) :]
+        self.sent += len(pcm) // 2
+        if "finished" in answer:
+            again = again[len(again) - min(2 * (self.sent - round(answer["finished"] * self.rate)), len(again)) :]
         self.whole = self.whole and len(again) <= 2 * AGAIN * self.rate
         self.recent = again if self.whole else b"" if changed else again[-2 * LONGEST * self.rate :]
         if self.kept:

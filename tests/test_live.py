@@ -328,7 +328,7 @@ def test_an_utterance_that_is_too_long_is_cut_between_words_and_none_is_lost(liv
     assert all(one["end"] - one["start"] < 4 for one in told[:-1])
 
 
-def test_what_is_unfinished_sent_again_under_another_name_gives_the_text_it_would_have_had(live, told_apart):
+def test_what_is_not_finished_sent_again_under_another_name_gives_the_text_it_would_have_had(live, told_apart):
     """So that a client whose sequence is lost, wherever that is, loses no word and hears none twice."""
     texts, _, pcm = told_apart
     pieces, told = [pcm[i : i + 20_000] for i in range(0, len(pcm), 20_000)], []
@@ -336,8 +336,7 @@ def test_what_is_unfinished_sent_again_under_another_name_gives_the_text_it_woul
         [(_, answer)] = live.answer((headers("lost", number, **{"x-endpoints": "true"}), piece))
         told += [each["text"] for each in answer["utterances"]]
         if number % 3 == 2:
-            so_far = 20_000 * (number + 1)
-            again = pcm[so_far - 2 * round(16_000 * answer["unfinished"]) :]
+            again = pcm[2 * round(16_000 * answer["finished"]) :]
             rest = [each["text"] for each in utterances(live, f"found-{number}", [again])]
             assert [text for text in told + rest if text] == texts, number
 
@@ -372,9 +371,9 @@ def test_the_client_whose_sequences_are_lost_goes_on(live, told_apart, monkeypat
 def test_after_one_that_was_too_long_the_next_is_what_comes_after_its_last_word(live, strings):
     pcm, rules, end = b"".join(strings[:3]), {"x-endpoints": "3600000,3600000,3000"}, 0.0
     for number, begin in enumerate(range(0, len(pcm), 20_000)):
-        [(_, answer)] = live.answer((headers("too-long-unfinished", number, **rules), pcm[begin : begin + 20_000]))
+        [(_, answer)] = live.answer((headers("too-long-finished", number, **rules), pcm[begin : begin + 20_000]))
         end = next((each["end"] for each in reversed(answer["utterances"])), end)
-        assert len(pcm[: begin + 20_000]) / 32_000 - answer["unfinished"] == pytest.approx(end, abs=0.001)
+        assert answer["finished"] == pytest.approx(end, abs=0.001)
     assert end > 3
 
 

@@ -310,10 +310,14 @@ def test_the_browser_sends_opus_a_tenth_of_the_bytes_or_else_pcm_and_the_text_is
             assert part < 0.125 if opus else 0.9 < part <= 1.0
 
 
-def test_a_page_whose_worker_dies_loses_no_word_and_begins_anew(page, live_server):
+@pytest.mark.parametrize("late", [0, 1500])
+def test_a_page_whose_worker_dies_loses_no_word_and_begins_anew(page, live_server, late):
+    """Also where what the browser records as Opus comes so many milliseconds after the same as PCM."""
     with browser(page, base(live_server)) as chrome:
         hears(chrome, spoken("three-digits.wav"))
         chrome.execute_script(SLOW, 0)
+        if late:
+            chrome.execute_script(LATE, late)
         chrome.find_element(By.ID, "speak").click()
         worker = the_worker(live_server)
         wait_for(chrome, lambda _: text(chrome, "text").startswith("four"))
@@ -324,6 +328,9 @@ def test_a_page_whose_worker_dies_loses_no_word_and_begins_anew(page, live_serve
         assert (text(chrome, "message"), text(chrome, "text")) == ("", TEXT)
 
 
+LATE = """
+    const record = Utterance.prototype.record, late = arguments[0];
+    Utterance.prototype.record = function (blob) { setTimeout(() => record.call(this, blob), late); };"""
 NAMES = "return [...new Set(sent.map(({ headers }) => headers.ts_request_sequence_id))]"
 
 
