@@ -46,7 +46,9 @@ needs_real_speech = pytest.mark.skipif(
 SCORE = {"abs": 1e-3, "rel": 1e-5}  # natural logarithms of probabilities, of order 1 to 1000
 ORDER = {"abs": 1e-4, "rel": 1e-5}  # the same, divided by the number of tokens
 COMPARED = {"beams": 0, "tokens of the best": 0, "decided in double precision": 0, "near-ties": 0}
-STRIDE, SEGMENT, LEFT_CONTEXT = 4, 4, 30  # feature frames in an encoder frame; encoder frames
+STRIDE, SEGMENT = 4, 4  # feature frames in an encoder frame; encoder frames
+ARCHITECTURE = json.loads((export_model.DIGITS / "architecture.json").read_text())  # of the digits model
+LEFT_CONTEXT = ARCHITECTURE["transformer_left_context_length"]  # encoder frames
 BLANK = 14
 
 
@@ -244,7 +246,7 @@ def test_encodings_are_exact_in_double_precision(digits, monkeypatch):
     model = copy.deepcopy(digits).double()
     engine = Decoder(copy.deepcopy(model), BLANK).eval()
     with torch.inference_mode():
-        for frames, window_segments in ((3, 8), (31, 8), (250, 8), (250, 100)):
+        for frames, window_segments in ((3, 8), (LEFT_CONTEXT + 1, 8), (250, 8), (250, 100)):
             features = random_features(frames).double()
             expected, _ = model.transcribe(features.unsqueeze(0), torch.tensor([len(features)]))
             assert (encodings(engine, features, window_segments) - expected[0]).abs().max() < 1e-9
@@ -263,9 +265,8 @@ GEOMETRIES = [
 @pytest.mark.parametrize("changes", GEOMETRIES, ids=str)
 def test_other_architectures_give_torchaudios_encodings_and_whole_beams(changes):
     torch.manual_seed(0)
-    architecture = json.loads((export_model.DIGITS / "architecture.json").read_text())
     small = {"transformer_num_layers": 3, "encoding_dim": 32, "time_reduction_input_dim": 16}
-    model = emformer_rnnt_model(**architecture | small | changes).eval()
+    model = emformer_rnnt_model(**ARCHITECTURE | small | changes).eval()
     engine = scripted(model)
     reference = Reference(model)
     with torch.inference_mode():
