@@ -17,10 +17,10 @@ from synthesise import AMERICAN, BRITISH, KOKORO_RATE, kokoro
 CARD_NUMBER = "three oh oh nine, zero nine nine six, zero three zero eight, two four six two"
 # file, voice, speed, sample rate, channels, codec, text; a comma is a pause.
 DIGITS = [
-    ("three-digits.wav", "am_michael", 0.9, 16_000, 1, "pcm_s16le", "four, seven two"),
+    ("three-digits.wav", "am_michael", 0.95, 16_000, 1, "pcm_s16le", "four seven two"),
     ("phone-number.flac", "ef_dora", 0.9, 44_100, 2, "flac", "two zero zero, three three two, two four five three"),
     ("zero-to-nine.mp3", "af_sarah", 0.9, 22_050, 1, "mp3", "zero one two three four five six seven eight nine"),
-    ("telephone.wav", "bm_lewis", 0.95, 8_000, 1, "pcm_mulaw", "five two six, zero one eight, one five"),
+    ("telephone.wav", "bm_lewis", 0.9, 8_000, 1, "pcm_mulaw", "five two six, zero one eight, one five"),
     ("card-number.m4a", "af_sarah", 0.85, 48_000, 2, "aac", CARD_NUMBER),
     ("pin.webm", "af_sarah", 0.95, 48_000, 1, "libopus", "seven three zero two"),
     ("room-number.ogg", "bf_emma", 0.95, 48_000, 1, "libopus", "five seven five eight nine"),
