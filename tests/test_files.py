@@ -356,7 +356,7 @@ def test_too_many_joined_files_are_refused(worker, speech):
 
 
 def test_joined_files_together_may_not_be_longer_than_one(digits_pt, speech):
-    worker = Worker(digits_pt, {"max_audio_seconds": 6})
+    worker = Worker(digits_pt, {"max_audio_seconds": round(2.5 * len(speech) / RATE)})
     part = encode(at(speech, RATE), RATE, "wav", "pcm_s16le")
     assert answer(worker, part * 2)[0] == 200
     assert answer(worker, part * 3)[1]["type"] == "AudioTooLong"
