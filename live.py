@@ -107,7 +107,7 @@ def asked(name: str, headers: dict[str, str]) -> tuple[int, bool]:
         PredictionException: the headers do not tell.
     """
     if not NAME.fullmatch(name):
-        message = "The header ts_request_sequence_id must name the utterance: 1 to 64 letters, digits, _ or -."
+        message = "The header ts_request_sequence_id must name the sequence: 1 to 64 letters, digits, _ or -."
         raise refusal(400, "NoSequence", message)
     number = headers.get("x-piece", "")
     if not NUMBER.fullmatch(number):
