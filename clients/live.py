@@ -32,7 +32,8 @@ AGAIN = 60  # seconds of one utterance, at most, that are sent again after a los
 PATIENCE = 300
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
-MOST_LOST = 3  # one after the other, without an answer
+MOST_LOST = 3  # before all of what is sent has been answered
+BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)  # before or in an answer
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -106,7 +107,7 @@ class Speech:
                 continue
             self._keep(pcm[:size], answer)
             utterances += answer.get("utterances", [])
-            pcm, lost = pcm[size:], 0
+            pcm = pcm[size:]
         return answer | {"utterances": utterances} if "utterances" in answer else answer
 
     def _begin(self) -> None:
@@ -122,7 +123,9 @@ class Speech:
             utterance["text"], self.kept, self.whole = f"{self.kept} {utterance['text']}".strip(), "", True
         self.sent += len(pcm) // 2
         if "finished" in answer:
-            again = again[len(again) - min(2 * (self.sent - round(answer["finished"] * self.rate)), len(again)) :]
+            needed = 2 * (self.sent - round(answer["finished"] * self.rate))
+            self.whole = self.whole and needed <= len(again)
+            again = again[max(len(again) - needed, 0) :]
         self.whole = self.whole and len(again) <= 2 * AGAIN * self.rate
         self.recent = again if self.whole else b"" if changed else again[-2 * LONGEST * self.rate :]
         if self.kept:
@@ -141,7 +144,7 @@ class Speech:
                 error = LostError if response.status_code in LOST else LiveError
                 raise error(f"The server says {response.status_code}: {message}")
             except requests.RequestException as error:
-                if pause is None or not isinstance(error, requests.ConnectionError):
+                if pause is None or not isinstance(error, BROKEN):
                     break
                 time.sleep(pause)
         raise LiveError(f"No server answers at {self.url}: start it with make run-live.")
