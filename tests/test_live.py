@@ -695,7 +695,7 @@ def test_one_that_fails_is_dropped_and_harms_nobody(digits_pt, strings, worker, 
 
 @pytest.mark.parametrize("beam_width", [1, 4])
 def test_what_has_settled_is_not_carried_along(at_width, strings, beam_width):
-    """Each hypothesis holds the last few words only, however long the sound; the answer has all."""
+    """Each hypothesis begins where they part, however long the sound; the answer has all."""
     live, offline = at_width(beam_width)
     pcm, carried = b"".join(strings[:12]), []
     pieces = [pcm[i : i + 20_000] for i in range(0, len(pcm), 20_000)]
@@ -704,10 +704,13 @@ def test_what_has_settled_is_not_carried_along(at_width, strings, beam_width):
         assert status == 200
         if not answer["final"]:
             _, _, _, (hypotheses, *_), _ = live.handler.sequences[f"settled-{beam_width}"].stream
-            carried.append(max(len(hypothesis[0]) for hypothesis in hypotheses))
+            tokens = [hypothesis[0][1:] for hypothesis in hypotheses]  # without the leading blank
+            carried.append(max(map(len, tokens)))
+            assert not carried[-1] or len({tuple(own[:1]) for own in tokens}) > 1  # they agree on nothing any more
     assert_same(offline, pcm, answer)
-    tokens = 2 * len(answer["words"])  # each has its mark
-    assert tokens > 120 and statistics.median(carried) < tokens / 3
+    # At a wider beam how long they part is the model's doing: one that is sure of all that follows keeps an old doubt.
+    most = 40 if beam_width == 1 else 2 * len(answer["words"]) / 3
+    assert len(answer["words"]) > 60 and statistics.median(carried) < most
 
 
 def test_what_a_sequence_keeps_does_not_grow_with_its_sound(live):
