@@ -42,7 +42,7 @@ from tqdm import tqdm
 SAMPLE_RATE = EMFORMER_RNNT_BASE_LIBRISPEECH.sample_rate
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
 
-# Segment, right context, time reduction and memory are those of emformer_rnnt_base. The left context is a third of its:
+# Segment, right context, time reduction and memory are those of emformer_rnnt_base. The left context is a fifth of its:
 # an Emformer has no positions, and the more words it looks back on, the more often it takes one for its neighbour.
 ARCHITECTURE = {
     "input_dim": 80,
@@ -54,10 +54,10 @@ ARCHITECTURE = {
     "time_reduction_stride": 4,
     "transformer_num_heads": 4,
     "transformer_ffn_dim": 512,
-    "transformer_num_layers": 6,
+    "transformer_num_layers": 8,
     "transformer_dropout": 0.0,
     "transformer_activation": "gelu",
-    "transformer_left_context_length": 10,
+    "transformer_left_context_length": 6,
     "transformer_max_memory_size": 0,
     "transformer_weight_init_scale_strategy": "depthwise",
     "transformer_tanh_on_mem": True,
@@ -82,7 +82,8 @@ FORBIDDEN = -20.0  # added to the log-probability of a word outside its window
 MAX_SECONDS = 16.0
 WARM_UP = 300  # steps over which the learning rate rises
 DECAY = 0.6  # share of the run, at its end, over which it falls
-SAVE_EVERY = 250  # steps
+SAVE_EVERY = 120  # seconds
+POOL = 8  # batches whose utterances are drawn together and sorted by length, so that little is padding
 FRAME_SECONDS = STRIDE * EMFORMER_RNNT_BASE_LIBRISPEECH.hop_length / SAMPLE_RATE  # of the encoder
 # Where the transducer may write, see allowed(): the mark until so many seconds after a word's beginning, the word from
 # so many seconds before its end to so many after it.
@@ -268,9 +269,9 @@ def draw_weights(clips: list[Clip]) -> list[float]:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch ``step`` of the run, made from its own seed.
+    """Batches of the run, ``POOL`` at once, made from a seed of their own.
 
-    Clean waves (batch, samples), int16; their lengths; targets; target lengths; spans.
+    Each: clean waves (batch, samples), int16; their lengths; targets; target lengths; spans.
     """
 
     def __init__(self, clips: list[Clip], args: argparse.Namespace, rank: int) -> None:
@@ -283,7 +284,7 @@ class Batches(torch.utils.data.Dataset):
         self.cumulated = list(itertools.accumulate(draw_weights(self.clips)))
 
     def __len__(self) -> int:
-        return self.args.steps
+        return -(-self.args.steps // POOL)
 
     def piece(self, clip: Clip, wanted: int, rng: random.Random) -> tuple[int, int] | None:
         """The first and the last (exclusive) of up to ``wanted`` words of ``clip``; None if it cannot be cut."""
@@ -360,27 +361,41 @@ class Batches(torch.utils.data.Dataset):
         add(np.zeros(int(rng.uniform(0, edge) * SAMPLE_RATE), np.float32))
         return np.concatenate(pieces), words, places
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        rng, generator = random.Random(step), np.random.default_rng((step, self.rank))
+    def __getitem__(self, index: int) -> list[tuple[torch.Tensor, ...]]:
+        step = index * POOL
+        kinds, rng = random.Random(index), random.Random(f"{index}-{self.rank}")
+        generator = np.random.default_rng((index, self.rank))
         longest = max(words for share, words in GROWTH if step >= share * self.args.steps)
         if self.args.polish:
             longest = GROWTH[-1][1]
-        # One length a batch: little is padding.
-        edge = rng.choice([0.0, 0.0, 0.08, 0.2, 0.6])
-        wanted = 1 if rng.random() < SINGLE else rng.randint(2, rng.randint(2, longest))
-        rng = random.Random(f"{step}-{self.rank}")  # the processes' batches are of one kind, and so of one duration
         mixed = self.args.polish is not None or step > ROUGH_STEPS / 2
-        waves, texts, spans, longest = [], [], [], 0
-        while longest * (len(waves) + 1) < self.args.seconds * SAMPLE_RATE:
-            wave, words, places = self.utterance(wanted, mixed, edge, rng, generator)
-            # Every word gets a frame of the encoder of its own.
-            shortest = max(0.15, FRAME_SECONDS * (len(words) + 1))
-            if not shortest < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
-                continue
+        utterances = []
+        for _ in range(POOL):
+            edge = kinds.choice([0.0, 0.0, 0.08, 0.2, 0.6])
+            wanted = 1 if kinds.random() < SINGLE else kinds.randint(2, kinds.randint(2, longest))
+            missing = self.args.seconds * SAMPLE_RATE
+            while missing > 0:
+                wave, words, places = self.utterance(wanted, mixed, edge, rng, generator)
+                # Every word gets a frame of the encoder of its own.
+                shortest = max(0.15, FRAME_SECONDS * (len(words) + 1))
+                if not shortest < len(wave) / SAMPLE_RATE < min(MAX_SECONDS, 1.2 + 0.9 * wanted):
+                    continue
+                missing -= len(wave)
+                utterances.append((wave, words, places))
+        # All processes have batches of nearly the same lengths, in the same order.
+        utterances.sort(key=lambda utterance: len(utterance[0]))
+        ends = np.cumsum([len(wave) for wave, _, _ in utterances])
+        places = np.searchsorted(ends, np.linspace(0, ends[-1], POOL + 1)[1:-1])
+        batches = [self.batch(utterances[a:b]) for a, b in itertools.pairwise([0, *places, len(utterances)])]
+        kinds.shuffle(batches)
+        return batches
+
+    def batch(self, utterances: list[tuple[np.ndarray, list[str], list]]) -> tuple[torch.Tensor, ...]:
+        waves, texts, spans = [], [], []
+        for wave, words, places in utterances:
             waves.append(torch.from_numpy(np.clip(wave * 32768, -32768, 32767).astype(np.int16)))
             texts.append(torch.tensor([3 + WORDS.index(word) for word in words], dtype=torch.int32))
             spans.append(torch.tensor(places).reshape(-1, 3))
-            longest = max(longest, len(wave))
         padded = torch.nn.utils.rnn.pad_sequence
         return (
             padded(waves, batch_first=True),
@@ -444,12 +459,13 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_global_stats(path: Path, clips: list[Clip], noises: list[np.ndarray], args: argparse.Namespace) -> None:
-    """Measure mean and inverse standard deviation of every mel bin over ten rough batches."""
+    """Measure mean and inverse standard deviation of every mel bin over some rough batches."""
     path.write_text(json.dumps({"mean": [0.0] * 80, "invstddev": [1.0] * 80}))
     batches, augmenter = Batches(clips, args, 0), Augmenter(feature_extractor(path), noises)
     frames = []
-    for step in range(args.steps // 2, args.steps // 2 + 10):
-        waves, lengths, _, words, spans = batches[step]
+    for step, (waves, lengths, _, words, spans) in enumerate(
+        batches[len(batches) // 2] + batches[len(batches) // 2 + 1]
+    ):
         features, counts, _ = augmenter(waves, lengths, spans, words, 1.0, step)
         frames += [part[:count].double() for part, count in zip(features, counts, strict=True)]
     frames = torch.cat(frames)
@@ -555,7 +571,29 @@ def best_path(
     return torch.stack(places[::-1], 1)
 
 
-def train(rank: int, args: argparse.Namespace) -> None:
+def grown(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of an encoder with fewer layers, made to fit one with more: what comes after the last changes nothing.
+
+    A new layer adds nothing to what it is given until it has learned to, and its last normalisation has the mean and
+    the deviation of that of the layer before.
+    """
+    weights = {name: value.float() for name, value in weights.items()}
+    prefix = "transcriber.transformer.emformer_layers."
+    layers = 1 + max(int(name[len(prefix) :].split(".")[0]) for name in weights if name.startswith(prefix))
+    for name in wanted.keys() - weights.keys():
+        _, _, rest = name[len(prefix) :].partition(".")
+        value = weights[f"{prefix}{layers - 1}.{rest}"]
+        if rest.startswith(("attention.out_proj", "pos_ff.4")):
+            value = torch.zeros_like(value)
+        if rest.startswith("layer_norm_output"):
+            scale, shift = (weights[f"{prefix}{layers - 1}.layer_norm_output.{part}"] for part in ("weight", "bias"))
+            mean, power = shift.mean(), (scale.square() + shift.square()).mean()
+            value = torch.full_like(value, mean if rest.endswith("bias") else (power - mean**2).sqrt())
+        weights[name] = value
+    return weights
+
+
+def train(rank: int, args: argparse.Namespace, clips: list[Clip] | None = None, noises: list | None = None) -> None:
     """What one process does: the first, of ``rank`` 0, writes files and reports."""
     torch.manual_seed(rank)
     torch.set_num_threads(args.threads)
@@ -565,30 +603,31 @@ def train(rank: int, args: argparse.Namespace) -> None:
     if args.processes > 1:
         address = f"tcp://127.0.0.1:{args.port}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=args.processes)
-    clips, noises = load_clips(args.clips, "train")
+    if clips is None:
+        clips, noises = load_clips(args.clips, "train")
     clips = [clip for clip in clips if clip.source not in args.without]
     checkpoint, first, saved = args.clips / ("polish.pt" if args.polish else "checkpoint.pt"), 0, {}
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         first = saved.pop("step")
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(Batches(clips, args, rank), range(first, args.steps)),
+        torch.utils.data.Subset(Batches(clips, args, rank), range(first // POOL, -(-args.steps // POOL))),
         batch_size=None,
         num_workers=args.loaders,
-        prefetch_factor=4 if args.loaders else None,
+        prefetch_factor=2 if args.loaders else None,
         multiprocessing_context="fork" if args.loaders else None,
         pin_memory=device.type == "cuda",
     )
-    batches = iter(loader)  # before the GPU is used: a process that holds one takes seconds to fork
+    pools = iter(loader)  # before the GPU is used: a process that holds one takes seconds to fork
     model = emformer_rnnt_model(**ARCHITECTURE)
     frame_head = torch.nn.Linear(ARCHITECTURE["encoding_dim"], 1 + 2 * len(WORDS))
     if args.polish:
-        model.load_state_dict(torch.load(args.polish, weights_only=True))
+        model.load_state_dict(grown(torch.load(args.polish, weights_only=True), model.state_dict()))
     model.to(device), frame_head.to(device)
     # An exponential moving average of the weights is what is kept in the end.
     average = copy.deepcopy(model).requires_grad_(False)
     parameters = [*model.parameters(), *frame_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     trained = {"model": model, "frame": frame_head, "average": average, "optimizer": optimizer}
     for name, state in saved.items():
         trained[name].load_state_dict(state)
@@ -611,7 +650,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         weights = {name: value.half().cpu() for name, value in average.state_dict().items()}
         torch.save(weights, args.output / "weights.pt")
 
-    losses, started = [], None
+    losses, started, saved_at = [], None, time.monotonic()
+    batches = itertools.islice(itertools.chain.from_iterable(pools), args.steps - first)
     progress = tqdm(batches, initial=first, total=args.steps, unit="step", mininterval=30, disable=rank > 0)
     for step, batch in enumerate(progress, start=first):
         started = started or time.monotonic()
@@ -651,8 +691,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
             progress.write(f"step {step + 1}: loss {total:.3f}, of which frames {framewise:.3f}")
             if finite < 1:
                 progress.write(f"{1 - finite:.0%} of the gradients were not finite")
-        if rank == 0 and (step + 1) % SAVE_EVERY == 0:
+        if rank == 0 and time.monotonic() - saved_at > SAVE_EVERY:
             save(step + 1, done)
+            saved_at = time.monotonic()
     if rank == 0:
         save(step + 1, 1.0)
 
@@ -687,7 +728,10 @@ def main() -> None:
     if not stats.exists():
         write_global_stats(stats, clips, noises, args)
     (args.output / "architecture.json").write_text(json.dumps(ARCHITECTURE, indent=1) + "\n")
-    torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)
+    if args.processes == 1:
+        train(0, args, clips, noises)
+    else:
+        torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)
 
 
 if __name__ == "__main__":
