@@ -34,6 +34,9 @@ PATIENCE = 300
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # before all of what is sent has been answered
 BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)  # before or in an answer
+BUSY = 503  # all places are taken, or too many pieces wait: that passes, after a loss within seconds
+PAUSES = (0.2, 0.5, 1.0)  # seconds between the tries of a piece
+MORE_PAUSES = (2.0, 4.0, 8.0)  # the same, where the server has answered before
 GREY, PLAIN, ERASE = "\033[90m", "\033[0m", "\r\033[K"
 
 
@@ -80,12 +83,13 @@ class Speech:
         self.expected = {"x-hotwords": expected} if expected else {}  # with a sequence's first piece
         self.kept = self.text = ""  # of an utterance that is too long: before the sequence, and from it
         self.recent, self.whole = b"", True  # what is to be sent again, and whether it is all of the utterance
+        self.pauses = PAUSES
         self._begin()
 
     def send(self, pcm: bytes, last: bool = False) -> dict:
         """The answer to the next piece, as docs/live.md has it, also if that has to be sent to another sequence.
 
-        The piece is sent again if the connection breaks: it does not count twice.
+        The piece is sent again if the connection breaks or the server is busy: it does not count twice.
 
         Args:
             pcm: 16-bit little-endian mono samples.
@@ -135,18 +139,20 @@ class Speech:
     def _posted(self, pcm: bytes, last: bool) -> dict:
         headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
         headers |= self.expected if self.piece == 0 else {}
-        for pause in (0.2, 0.5, 1.0, None):
+        for pause in (*self.pauses, None):
             try:
                 response = self.session.post(self.url, pcm, headers=headers, timeout=PATIENCE)
                 if response.ok:
+                    self.pauses = PAUSES + MORE_PAUSES
                     return response.json()
-                message = response.json()["message"] if response.content else response.reason
-                error = LostError if response.status_code in LOST else LiveError
-                raise error(f"The server says {response.status_code}: {message}")
+                if response.status_code != BUSY or pause is None:
+                    message = response.json()["message"] if response.content else response.reason
+                    error = LostError if response.status_code in LOST else LiveError
+                    raise error(f"The server says {response.status_code}: {message}")
             except requests.RequestException as error:
                 if pause is None or not isinstance(error, BROKEN):
                     break
-                time.sleep(pause)
+            time.sleep(pause)
         raise LiveError(f"No server answers at {self.url}: start it with make run-live.")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import requests
 import torch
 from conftest import ROOT, SAMPLES, Worker, encode, transcripts
 from ts.context import Context, RequestProcessor
@@ -366,6 +367,36 @@ def test_the_client_whose_sequences_are_lost_goes_on(live, told_apart, monkeypat
         assert said == words
     else:  # of a word that was being spoken a part may be lost
         assert (said[0], said[-1]) == (words[0], words[-1]) and abs(len(said) - len(words)) <= len(lost)
+
+
+def test_the_client_waits_for_a_server_that_is_busy(live, strings, monkeypatch):
+    """As after a loss, while the places of the other worker are taken; at the beginning it soon says so."""
+    asked, waited = [], []
+
+    def post(url: str, pcm: bytes, headers: dict, timeout: float) -> requests.Response:
+        asked.append(pcm)
+        status, answer = 503, {"message": "All places are taken."}
+        if not 3 <= len(asked) < 8:
+            [(status, answer)] = live.answer((headers, pcm))
+        response = requests.Response()
+        response.status_code, response._content = status, json.dumps(answer).encode()
+        return response
+
+    monkeypatch.setattr(clients.live.time, "sleep", waited.append)
+    speech = clients.live.Speech()
+    monkeypatch.setattr(speech.session, "post", post)
+    pcm = max(strings, key=len)
+    pieces = [pcm[:12_000], pcm[12_000:24_000], pcm[24_000:]]
+    answers = [speech.send(piece, last=piece is pieces[-1]) for piece in pieces]
+    [(_, whole)] = live.answer((headers("never-busy", 0, True), pcm))
+    assert answers[-1]["text"] == whole["text"] != ""
+    assert len(asked) == 3 + 5 and sum(waited) > 5
+    late = clients.live.Speech()
+    monkeypatch.setattr(late.session, "post", post)
+    del asked[3:], waited[:]
+    with pytest.raises(clients.live.LiveError, match="503: All places are taken"):
+        late.send(pieces[0])
+    assert sum(waited) < 2
 
 
 def test_after_one_that_was_too_long_the_next_is_what_comes_after_its_last_word(live, strings):
