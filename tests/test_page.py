@@ -310,6 +310,22 @@ def test_the_browser_sends_opus_a_tenth_of_the_bytes_or_else_pcm_and_the_text_is
             assert part < 0.125 if opus else 0.9 < part <= 1.0
 
 
+@pytest.mark.parametrize("seconds", [0.16, 1.0])
+def test_what_waited_goes_in_requests_that_the_server_takes(page, live_server, seconds):
+    """Of a minute of Opus, in pieces as they were asked for and in longer ones, as of a page in the background."""
+    with browser(page, "") as chrome:
+        taken = chrome.execute_script(
+            """
+            const waiting = Object.assign(Object.create(Utterance.prototype), { opus: true, chunks: [] }), taken = [];
+            for (let time = 0; time < 60000; time += 1000 * arguments[0])
+              waiting.chunks.push({ blob: new Blob(["x"]), time });
+            while (waiting.chunks.length) taken.push(waiting.take().body.size);
+            return taken;""",
+            seconds,
+        )
+    assert sum(taken) == round(60 / seconds) and max(taken) * seconds <= 21, taken
+
+
 @pytest.mark.parametrize("late", [0, 1500])
 def test_a_page_whose_worker_dies_loses_no_word_and_begins_anew(page, live_server, late):
     """Also where what the browser records as Opus comes so many milliseconds after the same as PCM."""
