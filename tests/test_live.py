@@ -734,10 +734,11 @@ def test_what_has_settled_is_not_carried_along(at_width, strings, beam_width):
         [(status, answer)] = live.answer((headers(f"settled-{beam_width}", number, number == len(pieces) - 1), piece))
         assert status == 200
         if not answer["final"]:
-            _, _, _, (hypotheses, *_), _ = live.handler.sequences[f"settled-{beam_width}"].stream
+            _, _, _, (hypotheses, frames, *_), _ = live.handler.sequences[f"settled-{beam_width}"].stream
             tokens = [hypothesis[0][1:] for hypothesis in hypotheses]  # without the leading blank
             carried.append(max(map(len, tokens)))
-            assert not carried[-1] or len({tuple(own[:1]) for own in tokens}) > 1  # they agree on nothing any more
+            first = {(*own[:1], *when[:1]) for own, when in zip(tokens, frames, strict=True)}
+            assert not carried[-1] or len(first) > 1  # they agree on no token and its frame any more
     assert_same(offline, pcm, answer)
     # At a wider beam how long they part is the model's doing: one that is sure of all that follows keeps an old doubt.
     most = 40 if beam_width == 1 else 2 * len(answer["words"]) / 3
