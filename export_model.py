@@ -33,7 +33,7 @@ from engine.precision import PRECISIONS, with_precision
 DIGITS = Path(__file__).parent / "models" / "digits"
 # Seconds by which the emission of a word's first and last token is behind its sound; what handler.py subtracts from the
 # times of words. Medians of training/word_times.py; not known for other weights.
-WORD_DELAYS = {"digits": {"start": -0.02, "end": -0.015}}
+WORD_DELAYS = {"digits": {"start": -0.025, "end": -0.015}}
 # Seconds without an answer after which a download counts as unreachable.
 DOWNLOAD_TIMEOUT = 30
 
