@@ -163,5 +163,5 @@ def test_the_embedded_weights_are_small_and_safe_to_load():
     assert path.stat().st_size < 10e6
     weights = torch.load(path, weights_only=True)
     parameters = sum(value.numel() for value in weights.values())
-    assert parameters < 4e6
+    assert parameters < 5e6
     assert f"{parameters:,}" in (export_model.DIGITS / "README.md").read_text()
