@@ -78,10 +78,11 @@ def test_each_panel_shows_values_of_a_server_that_works(new_server, digits_pt, t
         return found
 
     def shown() -> bool:
-        try:
-            return not missing()
-        except requests.ConnectionError:  # Prometheus starts
-            return False
+        try:  # Prometheus refuses connections, and then queries, until it has started
+            ready = requests.get(f"http://127.0.0.1:{port}/-/ready", timeout=60).ok
+        except requests.ConnectionError:
+            ready = False
+        return ready and not missing()
 
     try:
         wait_until(shown, "values in each panel")
