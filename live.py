@@ -692,12 +692,14 @@ class LiveHandler(ModelHandler):
 
     def _ready(self, process: types.SimpleNamespace, wait: bool = False) -> bool:
         """Whether a process has loaded its model; ``wait`` until that is known."""
-        try:
-            if not process.ready and not process.error and (wait or process.connection.poll()):
+        if not process.ready and not process.error and (wait or process.connection.poll()):
+            try:
                 process.error = process.connection.recv()
-                process.ready = process.error is None
-        except (EOFError, ConnectionError):
-            process.error = "A process died while it loaded the model."
+            except (EOFError, ConnectionError):
+                process.error = "A process died while it loaded the model."
+            process.ready = process.error is None
+            if process.error:
+                logger.error("One of the processes has not started: %s", process.error)
         return process.ready
 
     def _shared_out(self, data: list[dict], context) -> list[dict]:
@@ -754,6 +756,9 @@ class LiveHandler(ModelHandler):
             if answer is None:
                 message = "The process that had the sequence has died: begin again, with piece 0 under another name."
                 error = refusal(409, "UnknownSequence", message)
+                if not ready:
+                    message = "No process has loaded the model, the server's log says why: try again in some seconds."
+                    error = refusal(503, "NoProcess", message)
                 answers[index] = handler.refused(index, context, error)
         self.lasted = time.monotonic() - begun
         return answers

@@ -28,8 +28,9 @@ SERVER = "http://127.0.0.1:8080"
 PIECE = 0.16  # seconds
 LONGEST = 20  # seconds in a request; the server takes 30
 AGAIN = 60  # seconds of one utterance, at most, that are sent again after a loss
-# Seconds for an answer: a piece that comes while the server replaces its worker waits for the new one.
-PATIENCE = 300
+# Seconds until a piece without an answer is sent again, then until the next time: the network may have lost it, or
+# TorchServe with its worker. One that comes while the server replaces its worker waits for the new one.
+UNANSWERED = (30, 60, 240)
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # before all of what is sent has been answered
@@ -89,7 +90,7 @@ class Speech:
     def send(self, pcm: bytes, last: bool = False) -> dict:
         """The answer to the next piece, as docs/live.md has it, also if that has to be sent to another sequence.
 
-        The piece is sent again if the connection breaks or the server is busy: it does not count twice.
+        The piece is sent again if the connection breaks, or the server is busy or silent: it does not count twice.
 
         Args:
             pcm: 16-bit little-endian mono samples.
@@ -139,18 +140,25 @@ class Speech:
     def _posted(self, pcm: bytes, last: bool) -> dict:
         headers = self.headers | {"x-piece": str(self.piece), "x-last-piece": str(last).lower()}
         headers |= self.expected if self.piece == 0 else {}
-        for pause in (*self.pauses, None):
+        pauses, (patience, *longer) = iter(self.pauses), UNANSWERED
+        while True:
             try:
-                response = self.session.post(self.url, pcm, headers=headers, timeout=PATIENCE)
+                response = self.session.post(self.url, pcm, headers=headers, timeout=patience)
                 if response.ok:
                     self.pauses = PAUSES + MORE_PAUSES
                     return response.json()
-                if response.status_code != BUSY or pause is None:
+                pause = next(pauses, None) if response.status_code == BUSY else None
+                if pause is None:
                     message = response.json()["message"] if response.content else response.reason
                     error = LostError if response.status_code in LOST else LiveError
                     raise error(f"The server says {response.status_code}: {message}")
+            except requests.ReadTimeout:
+                if not longer:
+                    break
+                pause, patience = 0.0, longer.pop(0)
             except requests.RequestException as error:
-                if pause is None or not isinstance(error, BROKEN):
+                pause = next(pauses, None) if isinstance(error, BROKEN) else None
+                if pause is None:
                     break
             time.sleep(pause)
         raise LiveError(f"No server answers at {self.url}: start it with make run-live.")

@@ -5,6 +5,7 @@ import functools
 import json
 import random
 import re
+import socket
 import statistics
 import threading
 import time
@@ -399,6 +400,40 @@ def test_the_client_waits_for_a_server_that_is_busy(live, strings, monkeypatch):
     assert sum(waited) < 2
 
 
+def test_the_client_sends_a_piece_again_that_gets_no_answer(live, strings, monkeypatch):
+    """Whether it was the piece that was lost or its answer, every second one, of the first piece and the last, too."""
+    asked, waited = [], []
+
+    def post(url: str, pcm: bytes, headers: dict, timeout: float) -> requests.Response:
+        asked.append(headers["x-piece"])
+        waited.append(timeout)
+        if len(asked) % 4 == 1:
+            raise requests.ReadTimeout
+        [(status, answer)] = live.answer((headers, pcm))
+        if len(asked) % 4 == 2:
+            raise requests.ReadTimeout
+        response = requests.Response()
+        response.status_code, response._content = status, json.dumps(answer).encode()
+        return response
+
+    speech = clients.live.Speech()
+    monkeypatch.setattr(speech.session, "post", post)
+    pcm = max(strings, key=len)
+    pieces = [pcm[:12_000], pcm[12_000:24_000], pcm[24_000:]]
+    answers = [speech.send(piece, last=piece is pieces[-1]) for piece in pieces]
+    [(_, whole)] = live.answer((headers("never-lost", 0, True), pcm))
+    assert answers[-1]["text"] == whole["text"] != ""
+    assert asked == ["0", "0", "0", "1", "2", "2", "2"] and waited[:4] == [30, 60, 240, 30]
+
+
+def test_the_client_says_so_where_no_answer_ever_comes(monkeypatch):
+    monkeypatch.setattr(clients.live, "UNANSWERED", (0.1, 0.2, 0.4))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        speech = clients.live.Speech(server=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(clients.live.LiveError, match="No server answers"):
+            speech.send(bytes(5120))
+
+
 def test_after_one_that_was_too_long_the_next_is_what_comes_after_its_last_word(live, strings):
     pcm, rules, end = b"".join(strings[:3]), {"x-endpoints": "3600000,3600000,3000"}, 0.0
     for number, begin in enumerate(range(0, len(pcm), 20_000)):
@@ -704,6 +739,19 @@ def test_of_several_processes_one_that_dies_takes_its_sequences_along_and_is_rep
     finally:
         for process in processes:
             process.kill()
+
+
+def test_where_no_process_can_load_the_model_any_more_clients_are_told_to_wait(digits_pt, tmp_path):
+    live = LiveWorker(digits_pt, processes=2)
+    (tmp_path / "emformer_rnnt.pt").write_text("not a TorchScript file")
+    name, _, *others = live.handler.arguments
+    live.handler.arguments = (name, str(tmp_path), *others)
+    for each in live.handler.processes:
+        each.process.kill()
+        each.process.join()
+    for piece in (0, 1):
+        [(status, answer)] = live.answer((headers("waits", piece), SECOND))
+        assert (status, answer["type"]) == (503, "NoProcess")
 
 
 def test_processes_that_cannot_load_the_model_say_why(tmp_path):

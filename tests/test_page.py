@@ -367,6 +367,31 @@ def test_what_was_finished_before_the_worker_died_is_not_heard_again(page, live_
         assert text(chrome, "message") == ""
 
 
+def test_a_piece_that_gets_no_answer_is_sent_again(page, live_server):
+    """Whether it was the piece that was lost or its answer."""
+    with browser(page, base(live_server)) as chrome:
+        hears(chrome, spoken("three-digits.wav"))
+        chrome.execute_script(SILENT)
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: text(chrome, "text") == TEXT)
+        chrome.find_element(By.ID, "speak").click()
+        wait_for(chrome, lambda _: text(chrome, "status") == f"Transcript: {TEXT}")
+        assert (text(chrome, "message"), chrome.execute_script("return lost")) == ("", [0, 2, 4])
+
+
+# Of the first requests every second gets no answer: the first does not reach the server, the others do.
+SILENT = """
+    const real = window.fetch;
+    let count = 0;
+    window.lost = [];
+    UNANSWERED[0] = 3000;
+    window.fetch = async (url, request) => {
+      const number = count++;
+      if (number > 4 || number % 2) return real(url, request);
+      lost.push(number);
+      if (number) await real(url, { ...request, signal: undefined });
+      return new Promise((_, reject) => { request.signal.onabort = () => reject(request.signal.reason); });
+    };"""
 LATE = """
     const record = Utterance.prototype.record, late = arguments[0];
     Utterance.prototype.record = function (blob) { setTimeout(() => record.call(this, blob), late); };"""
