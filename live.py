@@ -690,6 +690,13 @@ class LiveHandler(ModelHandler):
         process.open, process.asked = 0, begun  # sequences, and when it last got a piece
         return process
 
+    def _replace(self, process: types.SimpleNamespace) -> None:
+        """Start another one in the place of a process that has died, whose sequences are lost."""
+        logger.error("One of the processes has died: another one is started")
+        self.where = {name: each for name, each in self.where.items() if each is not process}
+        process.connection.close()
+        self.processes[self.processes.index(process)] = self._process()
+
     def _ready(self, process: types.SimpleNamespace, wait: bool = False) -> bool:
         """Whether a process has loaded its model; ``wait`` until that is known."""
         if not process.ready and not process.error and (wait or process.connection.poll()):
@@ -705,10 +712,10 @@ class LiveHandler(ModelHandler):
     def _shared_out(self, data: list[dict], context) -> list[dict]:
         """``handle``, where several processes do the work: a sequence stays with the one that got its first piece."""
         begun = time.monotonic()
-        for place, process in enumerate(self.processes):
+        for process in list(self.processes):
             failed = process.error and time.monotonic() > process.begun + RETRY
             if failed or (process.ready and not process.process.is_alive()):
-                self.processes[place] = self._process()
+                self._replace(process)
         ready = [process for process in self.processes if self._ready(process)]
         if not ready:
             ready = [process for process in self.processes if self._ready(process, wait=True)]
@@ -741,9 +748,7 @@ class LiveHandler(ModelHandler):
             try:
                 bodies, responses, metrics = process.connection.recv()
             except (EOFError, OSError):
-                logger.error("One of the processes has died: another one is started")
-                self.where = {name: each for name, each in self.where.items() if each is not process}
-                self.processes[self.processes.index(process)] = self._process()
+                self._replace(process)
                 continue
             for index, body, response in zip(indices, bodies, responses, strict=True):
                 answers[index], context.request_processor[index] = body, response

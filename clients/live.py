@@ -54,7 +54,7 @@ class Speech:
 
     It is one sequence, and another one whenever the server has lost it. That one begins with the sound of the utterance
     that goes on. Of one longer than ``AGAIN``, as there may be without endpoints, the text stays instead, and what was
-    heard since the last word came is sent again.
+    heard since the last word came is sent again. Times count from the beginning of the sound all the same.
 
     Args:
         rate: Hz, of the sound.
@@ -85,6 +85,7 @@ class Speech:
         self.kept = self.text = ""  # of an utterance that is too long: before the sequence, and from it
         self.recent, self.whole = b"", True  # what is to be sent again, and whether it is all of the utterance
         self.pauses = PAUSES
+        self.begun = self.sent = 0  # samples before the sequence, and in it
         self._begin()
 
     def send(self, pcm: bytes, last: bool = False) -> dict:
@@ -117,14 +118,15 @@ class Speech:
 
     def _begin(self) -> None:
         self.kept = self.kept if self.whole else f"{self.kept} {self.text}".strip()
-        self.text, self.piece, self.sent, self.recent, self.whole = "", 0, 0, b"", True  # sent: samples
+        self.begun += self.sent - len(self.recent) // 2  # which is sent again
+        self.text, self.piece, self.sent, self.recent, self.whole = "", 0, 0, b"", True
         self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
 
     def _keep(self, pcm: bytes, answer: dict) -> None:
         """Keep what a loss would take away, and put what was kept over the last one into the answer."""
-        again, changed = self.recent + pcm, answer["text"] != self.text
+        again, changed, utterances = self.recent + pcm, answer["text"] != self.text, answer.get("utterances", [])
         self.piece, self.text = self.piece + 1, answer["text"]
-        for utterance in answer.get("utterances", []):
+        for utterance in utterances:
             utterance["text"], self.kept, self.whole = f"{self.kept} {utterance['text']}".strip(), "", True
         self.sent += len(pcm) // 2
         if "finished" in answer:
@@ -133,6 +135,10 @@ class Speech:
             again = again[max(len(again) - needed, 0) :]
         self.whole = self.whole and len(again) <= 2 * AGAIN * self.rate
         self.recent = again if self.whole else b"" if changed else again[-2 * LONGEST * self.rate :]
+        for each in (*answer["words"], *utterances, *(word for one in utterances for word in one["words"])):
+            each |= {name: round(each[name] + self.begun / self.rate, 3) for name in ("start", "end")}
+        if "finished" in answer:
+            answer["finished"] += self.begun / self.rate
         if self.kept:
             answer["text"] = f"{self.kept} {self.text}".rstrip()
             answer["stable"] = min(answer["stable"] + len(self.kept) + 1, len(answer["text"]))

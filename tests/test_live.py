@@ -343,6 +343,38 @@ def test_what_is_not_finished_sent_again_under_another_name_gives_the_text_it_wo
             assert [text for text in told + rest if text] == texts, number
 
 
+@pytest.mark.parametrize("rate", [16_000, 8_000])
+def test_the_client_s_times_count_from_the_beginning_whatever_is_lost(live, told_apart, monkeypatch, rate):
+    _, _, pcm = told_apart
+    pcm = pcm if rate == 16_000 else np.frombuffer(pcm, "<i2")[::2].tobytes()
+    pieces = [pcm[i : i + 6_000] for i in range(0, len(pcm), 6_000)]
+
+    def utterances_of(lost: set[int]) -> list[dict]:
+        asked = []
+
+        def posted(speech: clients.live.Speech, pcm: bytes, last: bool) -> dict:
+            asked.append(pcm)
+            if len(asked) in lost:
+                raise clients.live.LostError
+            told = {"x-endpoints": "true", "x-words": "true", "x-sample-rate": str(rate)}
+            head = headers(speech.headers["ts_request_sequence_id"], speech.piece, last, **told)
+            return json.loads(json.dumps(live.answer((head, pcm))[0][1]))
+
+        monkeypatch.setattr(clients.live.Speech, "_posted", posted)
+        speech = clients.live.Speech(rate, endpoints=True, words=True)
+        answers = [speech.send(piece, last=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+        assert answers[-1]["finished"] == pytest.approx(len(pcm) / 2 / rate, abs=0.001)
+        return [each for answer in answers for each in answer["utterances"] if each["text"]]
+
+    whole, mended = utterances_of(set()), utterances_of({9, 31, 32, 60})
+    assert len(whole) > 2
+    for one, other in zip(whole, mended, strict=True):
+        assert one["text"] == other["text"]
+        assert [other["start"], other["end"]] == pytest.approx([one["start"], one["end"]], abs=0.1)
+        for word, same in zip(one["words"], other["words"], strict=True):
+            assert same["start"] == pytest.approx(word["start"], abs=0.1)
+
+
 @pytest.mark.parametrize(("endpoints", "again"), [(True, 60), (False, 60), (False, 1)])
 def test_the_client_whose_sequences_are_lost_goes_on(live, told_apart, monkeypatch, endpoints, again):
     """It loses no word; of an utterance that is too long to be heard again it keeps the text."""
@@ -712,6 +744,7 @@ def test_too_much_sound_is_refused(digits_pt):
 def test_of_several_processes_one_that_dies_takes_its_sequences_along_and_is_replaced(digits_pt, strings, worker):
     live = LiveWorker(digits_pt, processes=2, max_idle_seconds=600)
     processes = [process.process for process in live.handler.processes]
+    connection = live.handler.processes[0].connection
     try:
         long = [pcm for pcm in strings if len(pcm) > 5 * 16_000][:8]
         sounds = {f"voice-{i}": [pcm[j : j + 16_000] for j in range(0, len(pcm), 16_000)] for i, pcm in enumerate(long)}
@@ -732,6 +765,7 @@ def test_of_several_processes_one_that_dies_takes_its_sequences_along_and_is_rep
                     [(_, answer)] = live.answer((headers(name, number, number == len(pieces) - 1), piece))
                 assert_same(worker, b"".join(pieces), answer)
         replaced = [process for process in live.handler.processes if process.process not in processes]
+        assert connection.closed  # nothing is held of the dead one
         assert len(replaced) == 1 and live.handler._ready(replaced[0], wait=True)
         batch = live.answer(*((headers(f"later-{i}", 0, True), SECOND) for i in range(8)))
         assert [status for status, _ in batch] == [200] * 8
