@@ -84,7 +84,10 @@ def test_int8_is_close_to_single_precision_and_closer_where_inputs_have_no_sign(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_weights_are_in_memory_once(precision):
-    """A module that has computed holds what it packed, and no longer what was loaded."""
+    """A module that has computed holds what it packed, and no longer what was loaded.
+
+    Without AVX-512 the encoder at fp32, and everything at bf16, is computed with the weights as they were loaded.
+    """
     model = export_model.digits(None)[0].eval()
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(with_precision(Decoder(model, 14), precision)), file)
@@ -92,8 +95,11 @@ def test_weights_are_in_memory_once(precision):
     engine = torch.jit.load(file)
     with torch.inference_mode():
         engine.decode([torch.randn(100, 80)], 4)
-    loaded = [module.weight.numel() for module in engine.modules() if hasattr(module, "packed") and module.packed]
-    assert len(loaded) > 5 and set(loaded) == {0}
+    layers = [module for module in engine.modules() if hasattr(module, "packed")]
+    packed = [bool(layer.packed) for layer in layers]
+    assert [layer.weight.numel() == 0 for layer in layers] == packed and len(packed) > 5
+    wide = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert all(packed) if wide or precision == "int8" else any(packed) == (precision == "fp32")
 
 
 def test_the_inputs_behind_an_activation_are_known_to_have_no_sign():
