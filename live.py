@@ -692,7 +692,7 @@ class LiveHandler(ModelHandler):
 
     def _replace(self, process: types.SimpleNamespace) -> None:
         """Start another one in the place of a process that has died, whose sequences are lost."""
-        logger.error("One of the processes has died: another one is started")
+        logger.error("Another process is started in the place of one that has died or has not loaded its model")
         self.where = {name: each for name, each in self.where.items() if each is not process}
         process.connection.close()
         self.processes[self.processes.index(process)] = self._process()

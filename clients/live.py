@@ -29,8 +29,9 @@ PIECE = 0.16  # seconds
 LONGEST = 20  # seconds in a request; the server takes 30
 AGAIN = 60  # seconds of one utterance, at most, that are sent again after a loss
 # Seconds until a piece without an answer is sent again, then until the next time: the network may have lost it, or
-# TorchServe with its worker. One that comes while the server replaces its worker waits for the new one.
-UNANSWERED = (30, 60, 240)
+# TorchServe with its worker. The first time comes before the server forgets a sequence that it takes for silent (10 s);
+# later ones leave it time to replace its worker.
+UNANSWERED = (8, 30, 240)
 # The server does not know the sequence any more, because its worker died or the client was silent for too long.
 LOST = {409, 410, 500, 507}
 MOST_LOST = 3  # before all of what is sent has been answered
@@ -84,6 +85,7 @@ class Speech:
         self.expected = {"x-hotwords": expected} if expected else {}  # with a sequence's first piece
         self.kept = self.text = ""  # of an utterance that is too long: before the sequence, and from it
         self.recent, self.whole = b"", True  # what is to be sent again, and whether it is all of the utterance
+        self.new = b""  # what has come since the text has changed
         self.pauses = PAUSES
         self.begun = self.sent = 0  # samples before the sequence, and in it
         self._begin()
@@ -119,7 +121,8 @@ class Speech:
     def _begin(self) -> None:
         self.kept = self.kept if self.whole else f"{self.kept} {self.text}".strip()
         self.begun += self.sent - len(self.recent) // 2  # which is sent again
-        self.text, self.piece, self.sent, self.recent, self.whole = "", 0, 0, b"", True
+        self.text, self.piece, self.sent, self.whole = "", 0, 0, True
+        self.recent = self.new = b""
         self.headers["ts_request_sequence_id"] = uuid.uuid4().hex
 
     def _keep(self, pcm: bytes, answer: dict) -> None:
@@ -134,7 +137,8 @@ class Speech:
             self.whole = self.whole and needed <= len(again)
             again = again[max(len(again) - needed, 0) :]
         self.whole = self.whole and len(again) <= 2 * AGAIN * self.rate
-        self.recent = again if self.whole else b"" if changed else again[-2 * LONGEST * self.rate :]
+        self.new = b"" if changed else (self.new + pcm)[-2 * LONGEST * self.rate :]
+        self.recent = again if self.whole else self.new
         for each in (*answer["words"], *utterances, *(word for one in utterances for word in one["words"])):
             each |= {name: round(each[name] + self.begun / self.rate, 3) for name in ("start", "end")}
         if "finished" in answer:

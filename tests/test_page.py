@@ -384,13 +384,15 @@ SILENT = """
     const real = window.fetch;
     let count = 0;
     window.lost = [];
-    UNANSWERED[0] = 3000;
+    UNANSWERED[0] = UNANSWERED[1] = 3000;
     window.fetch = async (url, request) => {
       const number = count++;
       if (number > 4 || number % 2) return real(url, request);
       lost.push(number);
+      const never = new Promise((_, reject) => { request.signal.onabort = () => reject(request.signal.reason); });
+      never.catch(() => {});
       if (number) await real(url, { ...request, signal: undefined });
-      return new Promise((_, reject) => { request.signal.onabort = () => reject(request.signal.reason); });
+      return never;
     };"""
 LATE = """
     const record = Utterance.prototype.record, late = arguments[0];
