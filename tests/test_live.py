@@ -404,6 +404,22 @@ def test_the_client_whose_sequences_are_lost_goes_on(live, told_apart, monkeypat
         assert (said[0], said[-1]) == (words[0], words[-1]) and 0 <= len(words) - len(said) <= len(lost)
 
 
+def response_of(status: int, answer: dict) -> requests.Response:
+    response = requests.Response()
+    response.status_code, response._content = status, json.dumps(answer).encode()
+    return response
+
+
+def assert_right_through(live: LiveWorker, pcm: bytes, monkeypatch, post: Callable) -> None:
+    """The client has the right text of three pieces that it sends through ``post``."""
+    speech = clients.live.Speech()
+    monkeypatch.setattr(speech.session, "post", post)
+    pieces = [pcm[:12_000], pcm[12_000:24_000], pcm[24_000:]]
+    answers = [speech.send(piece, last=piece is pieces[-1]) for piece in pieces]
+    [(_, whole)] = live.answer((headers(f"whole-{uuid.uuid4().hex}", 0, True), pcm))
+    assert answers[-1]["text"] == whole["text"] != ""
+
+
 def test_the_client_waits_for_a_server_that_is_busy(live, strings, monkeypatch):
     """As after a loss, while the places of the other worker are taken; at the beginning it soon says so."""
     asked, waited = [], []
@@ -413,29 +429,21 @@ def test_the_client_waits_for_a_server_that_is_busy(live, strings, monkeypatch):
         status, answer = 503, {"message": "All places are taken."}
         if not 3 <= len(asked) < 8:
             [(status, answer)] = live.answer((headers, pcm))
-        response = requests.Response()
-        response.status_code, response._content = status, json.dumps(answer).encode()
-        return response
+        return response_of(status, answer)
 
     monkeypatch.setattr(clients.live.time, "sleep", waited.append)
-    speech = clients.live.Speech()
-    monkeypatch.setattr(speech.session, "post", post)
-    pcm = max(strings, key=len)
-    pieces = [pcm[:12_000], pcm[12_000:24_000], pcm[24_000:]]
-    answers = [speech.send(piece, last=piece is pieces[-1]) for piece in pieces]
-    [(_, whole)] = live.answer((headers("never-busy", 0, True), pcm))
-    assert answers[-1]["text"] == whole["text"] != ""
+    assert_right_through(live, max(strings, key=len), monkeypatch, post)
     assert len(asked) == 3 + 5 and sum(waited) > 5
     late = clients.live.Speech()
     monkeypatch.setattr(late.session, "post", post)
     del asked[3:], waited[:]
     with pytest.raises(clients.live.LiveError, match="503: All places are taken"):
-        late.send(pieces[0])
+        late.send(bytes(5120))
     assert sum(waited) < 2
 
 
 def test_the_client_sends_a_piece_again_that_gets_no_answer(live, strings, monkeypatch):
-    """Whether it was the piece that was lost or its answer, every second one, of the first piece and the last, too."""
+    """First the piece is lost and then its answer, of the sequence's first and of its last."""
     asked, waited = [], []
 
     def post(url: str, pcm: bytes, headers: dict, timeout: float) -> requests.Response:
@@ -446,17 +454,9 @@ def test_the_client_sends_a_piece_again_that_gets_no_answer(live, strings, monke
         [(status, answer)] = live.answer((headers, pcm))
         if len(asked) % 4 == 2:
             raise requests.ReadTimeout
-        response = requests.Response()
-        response.status_code, response._content = status, json.dumps(answer).encode()
-        return response
+        return response_of(status, answer)
 
-    speech = clients.live.Speech()
-    monkeypatch.setattr(speech.session, "post", post)
-    pcm = max(strings, key=len)
-    pieces = [pcm[:12_000], pcm[12_000:24_000], pcm[24_000:]]
-    answers = [speech.send(piece, last=piece is pieces[-1]) for piece in pieces]
-    [(_, whole)] = live.answer((headers("never-lost", 0, True), pcm))
-    assert answers[-1]["text"] == whole["text"] != ""
+    assert_right_through(live, max(strings, key=len), monkeypatch, post)
     first, *longer = clients.live.UNANSWERED
     assert asked == ["0", "0", "0", "1", "2", "2", "2"] and waited[:4] == [first, *longer, first]
     assert first < SETTINGS["max_idle_seconds"]  # or the sequence is forgotten before the second try
