@@ -48,8 +48,9 @@ lint: .venv/installed-dev
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not server and not slow"
 
+# One worker more than two cores have: many tests wait, for Java, for a browser, for speech.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 stop:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python serve.py stop; else echo "Nothing is installed here."; fi

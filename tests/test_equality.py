@@ -16,33 +16,21 @@ import copy
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLES, Worker, needs_bundle_assets, transcripts
-from torchaudio.models import RNNT, Hypothesis, RNNTBeamSearch, emformer_rnnt_base, emformer_rnnt_model
+from conftest import ALL_SAMPLES, transcripts
+from torchaudio.models import RNNT, Hypothesis, RNNTBeamSearch, emformer_rnnt_model
 from torchaudio.models.emformer import _EmformerAttention
-from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 
 import export_model
 from engine.decoder import Decoder
 from engine.precision import PRECISIONS, with_precision
 from engine.search import float32
-from handler import decode_audio
 
-ALL_SAMPLES = [*transcripts("digits"), *transcripts("librispeech")]
 QUICK = ["three-digits.wav", "phone-number.flac", "pin.webm", "room-number.ogg"]
 NOT_QUICK = [file for file in ALL_SAMPLES if file not in QUICK]
-REAL_SPEECH = Path(os.environ.get("REAL_SPEECH", "nowhere"))
-LIBRISPEECH = sorted(REAL_SPEECH.rglob("1089-134686-*.flac"))
-CHECKPOINT = Path(torch.hub.get_dir()) / "torchaudio" / EMFORMER_RNNT_BASE_LIBRISPEECH._rnnt_path
-needs_real_speech = pytest.mark.skipif(
-    not LIBRISPEECH,
-    reason="needs a real recording: REAL_SPEECH=folder with LibriSpeech's 1089-134686-0000.flac",
-)
 SCORE = {"abs": 1e-3, "rel": 1e-5}  # natural logarithms of probabilities, of order 1 to 1000
 ORDER = {"abs": 1e-4, "rel": 1e-5}  # the same, divided by the number of tokens
 COMPARED = {"beams": 0, "tokens of the best": 0, "decided in double precision": 0, "near-ties": 0}
@@ -56,14 +44,6 @@ def scripted(model: RNNT, precision: str = "fp32") -> torch.jit.ScriptModule:
     """The engine as it is exported."""
     model = copy.deepcopy(model).eval()
     return torch.jit.script(with_precision(Decoder(model, model.joiner.linear.out_features - 1), precision))
-
-
-def stand_in(seed: int) -> RNNT:
-    """The 76.7M-parameter network with random weights that emit tokens at about the rate of speech."""
-    torch.manual_seed(seed)
-    model = emformer_rnnt_base(num_symbols=4097).eval()
-    model.joiner.linear.bias.data[4096] += 1.65
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +65,6 @@ def engine(engines) -> torch.jit.ScriptModule:
 @pytest.fixture(scope="module")
 def reference(digits) -> "Reference":
     return Reference(digits)
-
-
-@pytest.fixture(scope="module", params=range(5), ids="seed {}".format)
-def large(request) -> tuple[int, "Reference", torch.jit.ScriptModule]:
-    """A stand-in, its number and its engine; one at a time, because each takes a gigabyte."""
-    model = stand_in(request.param)
-    return request.param, Reference(model), scripted(model)
-
-
-@pytest.fixture(scope="module")
-def samples(worker) -> dict[str, torch.Tensor]:
-    """File name -> (samples,) at 16 kHz."""
-    return {file: decode_audio((SAMPLES / file).read_bytes()) for file in ALL_SAMPLES}
-
-
-@pytest.fixture(scope="module")
-def features(worker, samples) -> dict[str, torch.Tensor]:
-    """File name -> (T, 80)."""
-    return {file: worker.handler._features(waveform) for file, waveform in samples.items()}
 
 
 def random_features(encoder_frames: int, seed: int = 0) -> torch.Tensor:
@@ -222,6 +183,14 @@ def is_same(found: list[Hypothesis], expected: list[Hypothesis]) -> bool:
     )
 
 
+def assert_few_near_ties(record_property: Callable[[str, object], None]) -> None:
+    """Of all that the tests before have compared, at most one beam in a hundred."""
+    if not COMPARED["beams"]:
+        pytest.skip("needs the tests above: it counts what they have compared")
+    record_property("compared with torchaudio", ", ".join(f"{number} {what}" for what, number in COMPARED.items()))
+    assert COMPARED["near-ties"] <= max(COMPARED["beams"] / 100, 1)
+
+
 # The encoder
 
 
@@ -322,31 +291,6 @@ def test_a_hundred_strings_give_torchaudios_beams(reference, engine, worker, sam
         reference.assert_same_beams(engine, utterance, (1, 2 + i % (BLANK - 1))) for i, utterance in enumerate(strings)
     ]
     assert sum(emitted) > 2 * 2 * len(strings)
-
-
-@pytest.mark.slow
-def test_the_full_architecture_gives_torchaudios_beams(large, features):
-    """25 pairs of weights and recordings at widths 1, 2 and 4; every other width up to 20 with one of the pairs.
-
-    The widest with the shortest recordings: torchaudio takes three seconds for the long ones.
-    """
-    seed, reference, engine = large
-    others = [*range(20, 4, -1), 3]
-    for place, file in enumerate(sorted(ALL_SAMPLES[-5:], key=lambda file: len(features[file]))):
-        pair = 5 * place + seed
-        widths = (1, 2, 4, *others[pair : pair + 1])
-        assert reference.assert_same_beams(engine, features[file], widths) > 2 * len(widths)
-
-
-@pytest.mark.slow
-def test_a_batch_of_the_full_architecture_gives_what_each_utterance_gives_alone(large, features):
-    _, _, engine = large
-    batch = [features[file] for file in ALL_SAMPLES[:4]]
-    with torch.inference_mode():
-        together = engine.decode(batch, 2)
-        alone = [engine.decode([utterance], 2)[0] for utterance in batch]
-    for one, other in zip(together, alone, strict=True):
-        assert is_same(one.hypotheses, other.hypotheses)
 
 
 def test_a_model_that_never_stops_emitting_is_stopped_where_torchaudio_stops_it(digits):
@@ -524,20 +468,6 @@ def test_no_company_changes_a_bit_at_less_than_single_precision(engines, feature
     assert len(alone[0][0][0][0]) > 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_no_company_changes_a_bit_of_the_full_architecture(precision, features):
-    engine = scripted(stand_in(0), precision)
-    utterances = [features[file][:400] for file in ALL_SAMPLES[:3]]
-    with torch.inference_mode():
-        for beam_width in (1, 10):
-            alone = [bits(engine.decode([utterance], beam_width)[0]) for utterance in utterances]
-            assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
-            with windows_of(engine, 3):
-                assert [bits(beam) for beam in engine.decode(utterances, beam_width)] == alone
-            assert streamed(engine, utterances, beam_width, beam_width) == alone
-
-
 def test_forward_gives_the_hypotheses_of_decode_also_outside_inference_mode(engine, features):
     utterance = features["three-digits.wav"]
     with torch.inference_mode():
@@ -634,49 +564,8 @@ def test_features_in_windows_are_those_of_the_whole(worker, hops_more):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-# The LibriSpeech model
-
-
-@pytest.mark.slow
-@needs_bundle_assets
-@needs_real_speech
-def test_real_speech_through_the_handler_gives_torchaudios_beams(tmp_path):
-    """The 76.7M-parameter architecture, exported from a checkpoint, with the bundle's own features."""
-    model = stand_in(0)
-    torch.save(model.state_dict(), tmp_path / "stand-in.pt")
-    export_model.export("librispeech", tmp_path / "emformer_rnnt.pt", checkpoint=tmp_path / "stand-in.pt")
-    handler, reference = Worker(tmp_path / "emformer_rnnt.pt").handler, Reference(model)
-
-    def heard(features: torch.Tensor, length: torch.Tensor, beam_width: int) -> list[Hypothesis]:
-        handler.settings["beam_width"] = beam_width
-        [beam] = handler._search([waveform])
-        return [(tokens, features, [], score) for tokens, score, _, _ in beam]
-
-    for recording in LIBRISPEECH:
-        waveform = decode_audio(recording.read_bytes())
-        with torch.inference_mode():
-            features, _ = EMFORMER_RNNT_BASE_LIBRISPEECH.get_feature_extractor()(waveform)
-        assert reference.assert_same_beams(heard, features, (1, 10)) > 2
-
-
-@needs_bundle_assets
-@pytest.mark.skipif(not CHECKPOINT.is_file(), reason=f"needs {CHECKPOINT.name} (293 MB) in the torch hub cache")
-@needs_real_speech
-def test_the_real_librispeech_model_transcribes_the_public_sample(tmp_path):
-    export_model.export("librispeech", tmp_path / "emformer_rnnt.pt")
-    [recording] = [path for path in LIBRISPEECH if path.name == "1089-134686-0000.flac"]
-    assert Worker(tmp_path / "emformer_rnnt.pt").transcribe(recording.read_bytes()) == (
-        "he hoped there would be stew for dinner turnips and carrots and bruised potatoes and fat mutton pieces "
-        "to be ladled out in thick peppered flour fat and sauce"
-    )
-
-
 # All of them
 
 
 def test_near_ties_are_at_most_one_beam_in_a_hundred(record_property):
-    """Of all that the tests above have compared."""
-    if not COMPARED["beams"]:
-        pytest.skip("needs the tests above: it counts what they have compared")
-    record_property("compared with torchaudio", ", ".join(f"{number} {what}" for what, number in COMPARED.items()))
-    assert COMPARED["near-ties"] <= max(COMPARED["beams"] / 100, 1)
+    assert_few_near_ties(record_property)
