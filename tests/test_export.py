@@ -15,12 +15,13 @@ from engine.precision import PRECISIONS
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_transcribes_every_sample(tmp_path, precision):
+def test_every_precision_transcribes_every_sample_at_beam_widths_1_and_10(tmp_path, precision):
     path = tmp_path / "emformer_rnnt.pt"
     export_model.export("digits", path, precision)
-    worker = Worker(path)
-    heard = {file: worker.transcribe((SAMPLES / file).read_bytes()) for file in transcripts("digits")}
-    assert heard == transcripts("digits")
+    for beam_width in (1, 10):
+        worker = Worker(path, {"beam_width": beam_width})
+        heard = {file: worker.transcribe((SAMPLES / file).read_bytes()) for file in transcripts("digits")}
+        assert heard == transcripts("digits"), beam_width
 
 
 def test_an_int8_model_on_a_processor_without_its_products_stops_the_worker_with_a_sentence(tmp_path, monkeypatch):
