@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from conftest import ROOT, SAMPLES, Server, free_ports, post, run, transcripts
+from conftest import ROOT, SAMPLES, free_ports, post, run, transcripts
 
 import export_model
 import serve
@@ -309,12 +309,12 @@ def test_too_little_memory_is_named_in_one_sentence(tmp_path, monkeypatch, new_s
         serve.start(server.config, server.store, tmp_path / "logs")
 
 
-def java_options(server: Server) -> list[str]:
-    return server.processes()[0].environ()["JAVA_TOOL_OPTIONS"].split()
+def java_options(torchserve: psutil.Process) -> list[str]:
+    return torchserve.environ()["JAVA_TOOL_OPTIONS"].split()
 
 
 def test_java_may_have_a_quarter_of_the_memory(server):
-    assert f"-Xmx{max(serve.LEAST_HEAP, serve.memory() // 4)}m" in java_options(server)
+    assert f"-Xmx{max(serve.LEAST_HEAP, serve.memory() // 4)}m" in java_options(server.processes()[0])
 
 
 def test_with_the_least_memory_an_hour_of_pcm_can_be_uploaded(new_server, digits_pt):
@@ -323,7 +323,7 @@ def test_with_the_least_memory_an_hour_of_pcm_can_be_uploaded(new_server, digits
     path = server.home / "serve.py"
     path.write_text(path.read_text().replace("limits = [psutil.virtual_memory().total]", "limits = [1024 * 2**20]"))
     server.start()
-    assert "-Xmx384m" in java_options(server)
+    assert "-Xmx384m" in java_options(server.processes()[0])
     for _ in range(2):
         answer = requests.post(server.url, bytes(115_200_044), headers={"Content-Type": "audio/wav"}, timeout=300)
         assert (answer.status_code, answer.json()["type"]) == (400, "NotAudio")
