@@ -191,7 +191,7 @@ class Server:
                 (self.home / path.name).symlink_to(path)
         shutil.copy(ROOT / "serve.py", self.home)
         text = (ROOT / "config.properties").read_text()
-        # A server of minutes never repays what Java takes to optimise it: a second of two cores, and more later.
+        # Java's optimising compiler makes each start a second longer, which a few requests never repay.
         self.config.write_text(text.replace("vmargs=", "vmargs=-XX:TieredStopAtLevel=1 ") + config)
         self.take_ports()
         self.live = live is not None

@@ -13,6 +13,7 @@ from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 import export_model
 from handler import decode_audio
 
+pytestmark = pytest.mark.slow
 REAL_SPEECH = Path(os.environ.get("REAL_SPEECH", "nowhere"))
 LIBRISPEECH = sorted(REAL_SPEECH.rglob("1089-134686-*.flac"))
 CHECKPOINT = Path(torch.hub.get_dir()) / "torchaudio" / EMFORMER_RNNT_BASE_LIBRISPEECH._rnnt_path
@@ -31,13 +32,12 @@ def stand_in(seed: int) -> RNNT:
 
 
 @pytest.fixture(scope="module", params=range(5), ids="seed {}".format)
-def large(request) -> tuple[int, "Reference", torch.jit.ScriptModule]:
+def large(request) -> tuple[int, Reference, torch.jit.ScriptModule]:
     """A stand-in, its number and its engine; one at a time, because each takes a gigabyte."""
     model = stand_in(request.param)
     return request.param, Reference(model), scripted(model)
 
 
-@pytest.mark.slow
 def test_the_full_architecture_gives_torchaudios_beams(large, features):
     """25 pairs of weights and recordings at widths 1, 2 and 4; every other width up to 20 with one of the pairs.
 
@@ -51,7 +51,6 @@ def test_the_full_architecture_gives_torchaudios_beams(large, features):
             assert reference.assert_same_beams(engine, features[file][:length], widths) >= 2 * len(widths)
 
 
-@pytest.mark.slow
 def test_a_batch_of_the_full_architecture_gives_what_each_utterance_gives_alone(large, features):
     _, _, engine = large
     batch = [features[file][:length] for file, length in zip(ALL_SAMPLES, (250, 300, 87, 170), strict=False)]
@@ -62,7 +61,6 @@ def test_a_batch_of_the_full_architecture_gives_what_each_utterance_gives_alone(
         assert is_same(one.hypotheses, other.hypotheses)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_no_company_changes_a_bit_of_the_full_architecture(precision, features):
     engine = scripted(stand_in(0), precision)
@@ -79,7 +77,6 @@ def test_no_company_changes_a_bit_of_the_full_architecture(precision, features):
 # The LibriSpeech model
 
 
-@pytest.mark.slow
 @needs_bundle_assets
 @needs_real_speech
 def test_real_speech_through_the_handler_gives_torchaudios_beams(tmp_path):
