@@ -340,6 +340,18 @@ def test_any_folder_will_do_whatever_the_locale(new_server, digits_pt):
     assert "has stopped" in server.serve("stop").stdout
 
 
+def test_a_server_that_starts_is_given_up_when_it_is_missed_twice_in_a_row(tmp_path, monkeypatch):
+    """On a busy machine the list of processes has once lacked one that was there."""
+    looks = [True, False, True, False]
+    monkeypatch.setattr(serve, "running_server", lambda: looks.pop(0))
+    monkeypatch.setattr(serve, "has_ready_worker", lambda *_: not looks)
+    serve.wait_until_ready({}, ["emformer_asr"], tmp_path)
+    (tmp_path / serve.CONSOLE).write_text("Exception in thread main\n")
+    looks += [True, False, False, False]
+    with pytest.raises(SystemExit, match="TorchServe ended while it started"):
+        serve.wait_until_ready({}, ["emformer_asr"], tmp_path)
+
+
 def test_a_worker_that_dies_while_loading_ends_the_start_with_its_reason(new_server, tmp_path):
     (tmp_path / "emformer_rnnt.pt").write_text("not a TorchScript file")
     server = new_server(tmp_path / "emformer_rnnt.pt")
