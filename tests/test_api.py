@@ -29,6 +29,8 @@ from test_hotwords import MISHEARD, SAID
 from test_quality import HELD_OUT
 
 import serve
+from handler import ANSWER_FORMATS
+from live import SETTINGS
 
 THREE_DIGITS = SAMPLES / "three-digits.wav"
 AUDIO = THREE_DIGITS.read_bytes()
@@ -116,6 +118,12 @@ def test_the_caller_chooses_the_format(server, field, accept, _):
         assert [getattr(cue, "content", None) or cue.text for cue in parse(by_field.text)] == [TEXT]
 
 
+def test_the_proxy_knows_every_format():
+    """What it asks the server for is tried where there is an nginx, in test_proxy.py."""
+    [known] = re.findall(r"map \$arg_response_format .*\{([^}]*)\}", (ROOT / "deploy" / "nginx.conf").read_text())
+    assert {*re.findall(r"^ *(\w+) ", known, re.MULTILINE)} == {*ANSWER_FORMATS, "default"}
+
+
 def test_phrases_that_are_expected_are_heard(server):
     """As a form's field and as a header; the next request is none the wiser."""
     file = {"file": (HELD_OUT / MISHEARD).read_bytes()}
@@ -189,6 +197,16 @@ def test_what_was_mended_is_told(server, speech):
     assert answer.text.startswith(TEXT) and answer.text.endswith(TEXT)
     form = {"files": {"file": bytes(audio)}, "data": {"response_format": "verbose_json"}}
     assert requests.post(server.url, **form, timeout=60).json()["notes"] == [answer.headers["x-audio-notes"]]
+
+
+# Settings
+
+
+def test_every_setting_is_told_with_its_default():
+    told = {}
+    for names, defaults, _ in table("`handler:`", "default", "what"):
+        told |= zip(names.split(", "), defaults.split(", "), strict=True)
+    assert told == {f"`{name}`": "none" if value is None else str(value) for name, value in SETTINGS.items()}
 
 
 # Metrics

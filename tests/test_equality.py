@@ -450,7 +450,7 @@ def streamed(
 
 
 @pytest.mark.parametrize("beam_width", [1, 4, 10])
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_no_company_changes_a_bit_at_less_than_single_precision(engines, features, precision, beam_width):
     """Alone, in a batch, in windows of any size, in pieces of streams beside others: the same scores to the bit."""
     engine = engines(precision)

@@ -11,6 +11,7 @@ from torchaudio.models import RNNT, Hypothesis, emformer_rnnt_base
 from torchaudio.pipelines import EMFORMER_RNNT_BASE_LIBRISPEECH
 
 import export_model
+from engine.precision import PRECISIONS
 from handler import decode_audio
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_a_batch_of_the_full_architecture_gives_what_each_utterance_gives_alone(
         assert is_same(one.hypotheses, other.hypotheses)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_no_company_changes_a_bit_of_the_full_architecture(precision, features):
     engine = scripted(stand_in(0), precision)
     utterances = [features[file][:length] for file, length in zip(ALL_SAMPLES, (120, 83, 50), strict=False)]

@@ -24,6 +24,7 @@ from ts.context import Context, RequestProcessor
 import clients.live
 import export_model
 from benchmarks import engine
+from engine.precision import PRECISIONS
 from handler import decode_audio, words_of
 from live import SETTINGS, LiveHandler, opus_decoder
 from live import pcm_of as pcm_in
@@ -215,7 +216,7 @@ def test_a_stream_of_opus_in_pieces_has_the_samples_of_the_whole(container):
         assert size == len(sent) or len([piece for piece in pieces if len(piece)]) > 2  # not all at the end
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_many_at_once_get_what_each_gets_alone(tmp_path, strings, precision):
     export_model.export("digits", tmp_path / "emformer_rnnt.pt", precision)
     live, sizes = LiveWorker(tmp_path / "emformer_rnnt.pt"), random.Random(20)

@@ -11,7 +11,7 @@ import torch
 
 import export_model
 from engine.decoder import Decoder
-from engine.precision import BFloat16Linear, Int8Linear, PackedLinear, with_precision
+from engine.precision import PRECISIONS, BFloat16Linear, Int8Linear, PackedLinear, with_precision
 
 ROOT = Path(__file__).parents[1]
 # (inputs, outputs): those of the two models, the joiner's odd one among them.
@@ -82,7 +82,7 @@ def test_int8_is_close_to_single_precision_and_closer_where_inputs_have_no_sign(
     assert errors[1] < 0.9 * errors[0] < 0.01
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_are_in_memory_once(precision):
     """A module that has computed holds what it packed, and no longer what was loaded.
 

@@ -16,6 +16,7 @@ from conftest import ROOT, SAMPLES, Server, needs_nginx, origin, run, transcript
 from openai.types.audio import Transcription, TranscriptionVerbose
 
 import serve
+from handler import ANSWER_FORMATS
 
 pytestmark = needs_nginx
 THREE_DIGITS = SAMPLES / "three-digits.wav"
@@ -113,7 +114,7 @@ def test_openais_key_is_torchserves_token(new_server, digits_pt):
 
 
 @pytest.mark.parametrize("path", ["/predictions/emformer_asr", "/v1/audio/transcriptions"])
-@pytest.mark.parametrize("response_format", ["text", "json", "verbose_json", "srt", "vtt", "events"])
+@pytest.mark.parametrize("response_format", ANSWER_FORMATS)
 def test_a_query_chooses_the_format(proxy, whole, path, response_format):
     query = {"response_format": response_format, "audio_track": "1"}
     answer = requests.post(proxy + path, AUDIO, params=query, headers=RAW, timeout=300)
